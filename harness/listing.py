@@ -1,0 +1,236 @@
+"""What the command line shows about names, prompts and cells, as rows and as text.
+
+It reads the registry and the results; it runs nothing and prints nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from harness import cell as cell_module
+from harness import store
+from harness.prompts import prepare
+from harness.rerank import METHODS
+from harness.specs import Registry, limits_for
+from harness.types import MissingResourceError, ModelSpec, Query, RegistryError, UsageError
+
+Rows = list[dict[str, Any]]
+
+
+def models(registry: Registry) -> Rows:
+    """One row a model; a revision that is not a commit is shown as unpinned."""
+    return [
+        {
+            "model": spec.name,
+            "method": spec.method,
+            "prompt": spec.prompt or None,
+            "base": spec.base or None,
+            "adapter": spec.adapter or None,
+            "revision": _pinned(spec),
+            "B": spec.parameters,
+            "license": spec.license or None,
+            "trained on": list(spec.trained_on) or None,
+            "paper": spec.paper or None,
+        }
+        for spec in registry.models.values()
+    ]
+
+
+def _pinned(spec: ModelSpec) -> str | None:
+    if not spec.base:
+        return None
+    if spec.base.startswith("wheel:"):
+        return "by hash"
+    revisions = [spec.revision, *([spec.adapter_revision] if spec.adapter else [])]
+    return "unpinned" if "main" in revisions else ", ".join(r[:8] for r in revisions)
+
+
+def datasets(registry: Registry) -> Rows:
+    return [
+        {
+            "dataset": spec.name,
+            "family": spec.family,
+            "queries": spec.queries,
+            "documents": spec.documents,
+            "grades": spec.grades or None,
+            "depth": spec.depth,
+            "first stage": spec.first_stage,
+            "source": spec.irds or spec.index or spec.source,
+            "license": spec.license or None,
+        }
+        for spec in registry.datasets.values()
+    ]
+
+
+def suites(registry: Registry) -> Rows:
+    return [
+        {
+            "suite": name,
+            "models": table.get("models"),
+            "datasets": table.get("datasets"),
+            "description": table.get("description"),
+        }
+        for name, table in registry.suites.items()
+    ]
+
+
+def prompts(registry: Registry) -> Rows:
+    return [
+        {"prompt": p.name, "answer": p.answer, "unit": p.limits.unit, "source": p.source}
+        for p in registry.prompts.values()
+    ]
+
+
+def methods(registry: Registry) -> Rows:
+    """Every method with its options and their defaults."""
+    import inspect
+
+    return [
+        {
+            "method": name,
+            "options": [
+                f"{p.name}={p.default}"
+                for p in inspect.signature(method.flow).parameters.values()
+                if p.kind == p.KEYWORD_ONLY
+            ]
+            or None,
+            "reads": list(method.answers) or None,
+        }
+        for name, method in METHODS.items()
+    ]
+
+
+LISTS: dict[str, Callable[[Registry], Rows]] = {
+    "models": models,
+    "datasets": datasets,
+    "suites": suites,
+    "prompts": prompts,
+    "methods": methods,
+}
+
+
+def cells(results: Path) -> Rows:
+    """One row a cell folder, with its state, headline measure and when it was finished."""
+    rows = []
+    for cell in store.iterate(results):
+        name, value = next(iter(cell.measures.items()), (None, None))
+        rows.append(
+            {
+                "dataset": cell.dataset,
+                "first stage": cell.first_stage,
+                "model": cell.model,
+                "state": cell.record.get("state"),
+                name or "measure": value,
+                "calls": cell.record.get("efficiency", {}).get("calls"),
+                "finished": cell.record.get("finished"),
+            }
+        )
+    return rows
+
+
+def describe(registry: Registry, name: str) -> str:
+    """Everything known about a name, one `key: value` a line; variants with what differs."""
+    if (Path(name) / "result.json").is_file():
+        found = store.read(Path(name))
+        return _lines(dict(found.record)) if found else ""
+    if name in registry.models:
+        return _describe_model(registry, registry.models[name])
+    if name in registry.prompts:
+        return _lines(asdict(registry.prompts[name]))
+    if name in registry.suites:
+        return _lines(registry.suites[name])
+    try:
+        return "\n\n".join(_lines(asdict(spec)) for spec in registry.find_datasets(name))
+    except RegistryError:
+        known = [*registry.models, *registry.prompts, *registry.suites, *registry.datasets]
+        raise RegistryError(f"unknown name {name!r}", known=known, given=name) from None
+
+
+def _describe_model(registry: Registry, spec: ModelSpec) -> str:
+    parts = [_lines(asdict(spec))]
+    if spec.prompt:
+        prompt = registry.prompt(spec.prompt)
+        limits = asdict(limits_for(spec, prompt))
+        parts.append(f"prompt {prompt.name} (source: {prompt.source})\n" + _lines(limits, "  "))
+    plain = spec.name.partition("@")[0]
+    variants = [s for n, s in registry.models.items() if n.partition("@")[0] == plain and "@" in n]
+    if variants:
+        lines = [f"  {s.name}: {s.differs or 'as the plain name'} [{s.source}]" for s in variants]
+        parts.append("variants\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _lines(table: dict[str, Any], indent: str = "") -> str:
+    kept = {k: v for k, v in table.items() if v not in ("", None, (), [], {})}
+    return "\n".join(f"{indent}{key}: {value}" for key, value in kept.items())
+
+
+# --- prompts ----------------------------------------------------------------------------------
+
+
+def rendered(
+    job: cell_module.Job, qid: str | None, passages: int | None, tokenizer: Path | None
+) -> str:
+    """The first request about a query: its messages, or with a tokenizer the exact text.
+
+    Without a tokenizer, limits in tokens are not applied (a line above says so).
+    """
+    if job.prompt is None:
+        raise UsageError(f"{job.cell.model_name} asks no model")
+    query = _query(job, qid)
+    tools = _load(tokenizer) if tokenizer else None
+
+    def clip(text: str, tokens: int) -> str:
+        if tools is None:
+            return text
+        pieces = tools.tokenize(text)
+        whole = len(pieces) <= tokens
+        return text if whole else str(tools.convert_tokens_to_string(pieces[:tokens]))
+
+    ready = prepare(
+        query,
+        job.prompt,
+        job.limits,
+        family=job.cell.dataset.family,
+        clip=clip,
+        raw_special_tokens=job.cell.model.raw_special_tokens,
+        notes=Counter(),
+    )
+    count = passages or job.options.get("size") or job.options.get("num_child", 0) + 1
+    request = job.prompt.render(ready, ready.candidates[:count])
+    if tools is not None and request.text is None:
+        turns = [{"role": m.role, "content": m.content} for m in request.messages]
+        text = tools.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return f"{tools.bos_token if request.bos else ''}{text}{request.prefill}"
+    parts = [f"<{m.role}>\n{m.content}" for m in request.messages] or [request.text or ""]
+    if request.prefill:
+        parts.append(f"<prefill>\n{request.prefill}")
+    if request.continuation is not None:
+        parts.append(f"<scored>\n{request.continuation}")
+    return "\n".join(parts)
+
+
+def _query(job: cell_module.Job, qid: str | None) -> Query:
+    known = {q.qid: q for q in job.queries}
+    if qid is None:
+        return job.queries[0]
+    if qid not in known:
+        raise RegistryError(f"unknown query {qid!r}", known=known, given=qid)
+    return known[qid]
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise MissingResourceError(f"{folder}: no such tokenizer folder")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def visible(text: str) -> str:
+    """Spaces as middle dots, tabs as arrows, line ends marked: for comparing wire formats."""
+    return text.replace(" ", "·").replace("\t", "→\t").replace("\n", "⏎\n").replace("\r", "␍")

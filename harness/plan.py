@@ -1,0 +1,258 @@
+"""What the command line (or a suite file) asks for -> cells, and cells -> jobs ready to run.
+
+Owns how models and datasets are named on the command line. It runs nothing and prints nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from harness import cell as cells
+from harness import schedule, store
+from harness.cache import Cache, Identity
+from harness.data import Collection, load
+from harness.engines import open_engine
+from harness.engines.fake import FakeEngine
+from harness.specs import Registry, build, folder_dataset, override, read_toml, with_method
+from harness.types import (
+    DEFAULT_SEED,
+    Cell,
+    DatasetSpec,
+    ModelSpec,
+    Protocol,
+    RegistryError,
+    Request,
+    UsageError,
+)
+
+REQUEST_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A matrix as a user states it; the keys of a suite file are these names."""
+
+    models: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    qrels: str | None = None
+    name: str | None = None
+    first_stage: str | None = None
+    depth: int | None = None
+    limit: int | None = None
+    method: str | None = None
+    prompt: str | None = None
+    adapter: str | None = None
+    set: tuple[str, ...] = ()
+    engine: str | None = None
+    protocol: str = "quality"
+    concurrency: int | None = None
+    seed: int = DEFAULT_SEED
+    engine_settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+PLAIN_FIELDS = (
+    "qrels", "name", "first_stage", "depth", "limit", "method", "prompt", "adapter", "engine",
+    "protocol", "concurrency", "seed",
+)  # fmt: skip
+
+
+def from_suite(path: Path, given: Selection) -> Selection:
+    """A suite file's selection; what the command line gives as well wins."""
+    table = read_toml(path)
+    table.pop("description", None)
+    base = build(Selection, table, str(path))
+    plain = Selection()
+    changed: dict[str, Any] = {
+        f.name: getattr(given, f.name)
+        for f in fields(Selection)
+        if getattr(given, f.name) != getattr(plain, f.name)
+    }
+    return replace(base, **changed)
+
+
+def cells_of(registry: Registry, selection: Selection) -> list[Cell]:
+    """The matrix in the order asked for. Raises for an empty one."""
+    if not selection.models or not selection.datasets:
+        raise UsageError("name at least one model (-m) and one dataset (-d)")
+    if selection.depth is not None and selection.depth < 1:
+        raise UsageError(f"--depth {selection.depth}: expected at least 1")
+    if selection.limit is not None and selection.limit < 1:
+        raise UsageError(f"--limit {selection.limit}: expected at least 1")
+    if selection.protocol not in ("quality", "latency"):
+        raise RegistryError(
+            f"unknown protocol {selection.protocol!r}",
+            known=("quality", "latency"),
+            given=selection.protocol,
+        )
+    datasets = [d for text in selection.datasets for d in find_datasets(registry, text, selection)]
+    models = [m for text in selection.models for m in find_models(registry, text, selection)]
+    protocol = Protocol(
+        kind=selection.protocol,  # type: ignore[arg-type]
+        concurrency=selection.concurrency,
+        prefix_caching=selection.protocol == "quality",
+        seed=selection.seed,
+    )
+    return [
+        Cell(
+            model=model,
+            dataset=dataset,
+            first_stage=selection.first_stage or dataset.first_stage,
+            depth=selection.depth or dataset.depth,
+            limit=selection.limit,
+            protocol=protocol,
+        )
+        for dataset in datasets
+        for model in models
+    ]
+
+
+def find_models(registry: Registry, text: str, selection: Selection) -> list[ModelSpec]:
+    """Registry names, globs, or a model folder with --method and --prompt."""
+    if text not in registry.models and Path(text).expanduser().is_dir():
+        found = [_folder_model(text, selection)]
+    else:
+        found = registry.find_models(text)
+        if selection.method:
+            found = [with_method(spec, selection.method) for spec in found]
+        if selection.prompt:
+            found = [override(spec, [f"prompt={selection.prompt}"]) for spec in found]
+    if selection.adapter:
+        found = [replace(spec, adapter=selection.adapter) for spec in found]
+    return [_on_engine(override(spec, selection.set), selection.engine) for spec in found]
+
+
+def _folder_model(text: str, selection: Selection) -> ModelSpec:
+    if not selection.method or not selection.prompt:
+        raise UsageError(f"{text} is a model folder: say how to ask it with --method and --prompt")
+    path = Path(text).expanduser().resolve()
+    return ModelSpec(
+        name=path.name, method=selection.method, prompt=selection.prompt, base=str(path)
+    )
+
+
+def _on_engine(spec: ModelSpec, engine: str | None) -> ModelSpec:
+    """Another engine than the registry's is another cell; the first is not worth naming."""
+    if engine is None or engine == spec.engine:
+        return spec
+    changed = spec.overrides + ((("engine", engine),) if spec.engine else ())
+    return replace(spec, engine=engine, overrides=changed)
+
+
+def find_datasets(registry: Registry, text: str, selection: Selection) -> list[DatasetSpec]:
+    """Registry names in any spelling, suites, globs; a folder; a request file with --qrels."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        found = [folder_dataset(path)]
+    elif path.name.endswith(REQUEST_FILES) and path.is_file():
+        stem = path.name[: -len(next(s for s in REQUEST_FILES if path.name.endswith(s)))]
+        found = [
+            DatasetSpec(
+                name=stem,
+                source="requests",
+                location=str(path),
+                qrels=selection.qrels or "",
+                first_stage="requests",
+            )
+        ]
+    else:
+        return registry.find_datasets(text)
+    if selection.qrels:
+        found = [replace(spec, qrels=selection.qrels) for spec in found]
+    return [_named(registry, spec, selection.name) for spec in found]
+
+
+def _named(registry: Registry, spec: DatasetSpec, name: str | None) -> DatasetSpec:
+    """`--name dl19`: a path that is a registered dataset takes over its family and facts."""
+    if name is None:
+        return spec
+    try:
+        [known] = registry.find_datasets(name)
+    except (RegistryError, ValueError):
+        return replace(spec, name=name)
+    return replace(
+        known,
+        source=spec.source,
+        location=spec.location,
+        qrels=spec.qrels,
+        first_stage=spec.first_stage,
+    )
+
+
+class Loader:
+    """Loads each collection once and turns cells into jobs."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self._loaded: dict[tuple[Any, ...], Collection] = {}
+
+    def job(self, cell: Cell, asked_first_stage: str | None) -> cells.Job:
+        """A cell with its data and prompt; the first stage's real name replaces the asked one."""
+        place = (
+            cell.dataset.name,
+            cell.dataset.location,
+            asked_first_stage,
+            cell.depth,
+            cell.limit,
+        )
+        if place not in self._loaded:
+            self._loaded[place] = load(cell.dataset, asked_first_stage, cell.depth, cell.limit)
+        collection = self._loaded[place]
+        named = replace(cell, first_stage=collection.first_stage)
+        prompt = self.registry.prompt(cell.model.prompt) if cell.model.prompt else None
+        return cells.resolve(named, prompt, collection)
+
+
+# --- what a run would cost --------------------------------------------------------------------
+
+
+def estimate(job: cells.Job, cache: Cache, results: Path) -> dict[str, Any]:
+    """Run the job's methods against the cache and, where it has no answer, a pretended one.
+
+    Calls and rounds are exact where the method fixes them; for a sort they are those of one
+    consistent judge. `cached` counts the calls that the cache answers on the way there. Prompt
+    words stand for tokens. Nothing is stored and no model is loaded.
+    """
+    row: dict[str, Any] = {"dataset": job.cell.dataset_name, "model": job.cell.model_name}
+    engine = (
+        open_engine(job.cell.model.engine or "hf", job.cell.model) if job.needs_engine else None
+    )
+    row["state"] = store.state(results, job.cell, cells.key(job, engine))
+    row["queries"] = len(job.queries)
+    if engine is None:
+        return row | {"calls": 0, "rounds": 0, "prompt_words": 0, "cached": 0}
+    pretended = FakeEngine(job.cell.model)
+    pretended.clip = engine.clip  # type: ignore[method-assign]
+    outcomes = list(
+        schedule.run(
+            ((q.qid, cells.flow(job, q, pretended, Counter())) for q in job.queries),
+            pretended,
+            _ReadOnly(cache),  # type: ignore[arg-type]
+            key=Identity(engine.fingerprint).key,
+            concurrency=pretended.capacity,
+        )
+    )
+    calls = [call for outcome in outcomes for call in outcome.calls]
+    return row | {
+        "calls": len(calls),
+        "rounds": sum(outcome.rounds for outcome in outcomes),
+        "prompt_words": sum(len(_words(call.request)) for call in calls),
+        "cached": sum(call.from_cache for call in calls),
+    }
+
+
+def _words(request: Request) -> list[str]:
+    return " ".join([m.content for m in request.messages] + [request.text or ""]).split()
+
+
+class _ReadOnly:
+    """A cache that answers and never stores."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.get_many = cache.get_many
+
+    def put_many(self, items: Sequence[Any]) -> None:
+        return None

@@ -1,0 +1,293 @@
+"""prompts/*.toml -> Prompt: the wire formats, their length limits, and rendering to a Request.
+
+It must not know methods, engines or datasets. Texts are prepared once (title joined, cleaned,
+clipped, special tokens neutralised) by `prepare`; `Prompt.render` then only fills in.
+
+Templates are filled in one pass over the placeholders they declare, so a brace, a percent sign or
+a `{query}` inside a passage is text and stays text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from harness import parse
+from harness.types import Candidate, Completion, DataError, Message, Parsed, Query, Request
+
+Unit = Literal["tokens", "words", "characters"]
+Step = Literal[
+    "strip", "spaces", "newlines", "nfc", "ftfy", "ftfy-prompt", "brackets", "no-title-marks"
+]
+
+# Every token that a chat model of the registry reads as more than its characters.
+SPECIAL = re.compile(
+    r"<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>|</?s>|<(?:unk|pad|mask|bos|eos)>"
+    r"|</?(?:think|answer|tool_call|tool_response)>|<(?:start|end)_of_turn>"
+)
+_PLACEHOLDER = re.compile(r"\{(query|docs|count|n|letter|text|title)\}")
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A chat turn; with `each`, it is repeated (with its neighbours) for every passage."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+    each: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Lengths, each a number or a table by dataset family with `default`; None is no limit.
+
+    query, passage   in `unit`: the model's own tokens, words or characters
+    max_tokens       most generated tokens          context   the model's window in tokens
+    """
+
+    unit: Unit = "tokens"
+    query: int | Mapping[str, int | None] | None = None
+    passage: int | Mapping[str, int | None] | None = None
+    max_tokens: int = 0
+    context: int | None = None
+
+    def of(self, what: Literal["query", "passage"], family: str) -> int | None:
+        limit: Any = getattr(self, what)
+        if isinstance(limit, Mapping):
+            limit = limit.get(family, limit.get("default"))
+        return None if limit is None else int(limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One wire format (prompts/NAME.toml).
+
+    answer      permutation | label | yesno | likelihood | reasoning: how the answer is read
+    style       the permutation parser, by repository name
+    pattern     the regular expression of a label answer; empty: labels are scored, not generated
+    label       the label of the n-th shown passage; passage: its line
+    choices     the two labels of a yes/no answer, relevant first
+    joined      how title and text become one passage when there is a title
+    """
+
+    name: str
+    source: str
+    answer: Literal["permutation", "label", "yesno", "likelihood", "reasoning"]
+    messages: tuple[Turn, ...] = ()
+    text: str = ""
+    prefill: str = ""
+    bos: bool = False
+    passage: str = "[{n}] {text}"
+    separator: str = "\n"
+    label: str = "[{n}]"
+    most: int | None = None
+    pattern: str = ""
+    style: str = "rank_llm"
+    tagged: bool = False
+    choices: tuple[str, ...] = ()
+    continuation: str = ""
+    exact_length: bool = False
+    stop: tuple[str, ...] = ()
+    joined: str = "{title} {text}"
+    clean: tuple[Step, ...] = ()
+    clean_query: tuple[Step, ...] = ()
+    query_templates: Mapping[str, str] = field(default_factory=dict)
+    limits: Limits = Limits()
+    note: str = ""
+
+    def render(self, query: Query, shown: Sequence[Candidate]) -> Request:
+        """Fill the template with prepared texts. Raises DataError beyond `most` passages."""
+        if self.most is not None and len(shown) > self.most:
+            raise DataError(
+                f"prompt {self.name} has labels for {self.most} passages, {len(shown)} were shown"
+            )
+        lines = [fill(self.passage, self._of(n, c)) for n, c in enumerate(shown, 1)]
+        values = {
+            "query": query.text,
+            "docs": self.separator.join(lines),
+            "count": str(len(shown)),
+            "text": shown[0].text if shown else "",
+        }
+        filled = [
+            Message(turn.role, fill(turn.content, values | own)) for turn, own in self._turns(shown)
+        ]
+        return Request(
+            messages=tuple(filled),
+            text=fill(self.text, values) if self.text else None,
+            prefill=self.prefill,
+            bos=self.bos,
+            max_tokens=self.limits.max_tokens if not self._scores_only else 0,
+            exact_length_of=" > ".join(self.labels(len(shown))) if self.exact_length else "",
+            stop=self.stop,
+            labels=self._scored_labels(len(shown)),
+            continuation=fill(self.continuation, values) if self.continuation else None,
+            shown=tuple(c.docid for c in shown),
+        )
+
+    def parse(self, completion: Completion, count: int) -> Parsed:
+        """Read an answer about `count` shown passages."""
+        if self.answer == "permutation":
+            if self.exact_length and completion.finish == "length":
+                completion = replace(completion, finish="stop")  # its length was forced
+            return parse.permutation(completion, count, style=self.style, tagged=self.tagged)
+        if self.answer == "label":
+            if self.pattern:
+                return parse.label(completion, self.labels(count), self.pattern)
+            return parse.best_label(completion, count)
+        if self.answer == "likelihood":
+            return parse.likelihood(completion)
+        return parse.relevance(completion)
+
+    def labels(self, count: int) -> tuple[str, ...]:
+        return tuple(fill(self.label, _numbers(n)) for n in range(1, count + 1))
+
+    @property
+    def _scores_only(self) -> bool:
+        unread = self.answer == "label" and not self.pattern
+        return self.answer in ("likelihood", "yesno") or unread
+
+    def _scored_labels(self, count: int) -> tuple[str, ...]:
+        if self.answer in ("yesno", "reasoning"):
+            return self.choices
+        return self.labels(count) if self.answer == "label" and not self.pattern else ()
+
+    def _of(self, n: int, candidate: Candidate) -> dict[str, str]:
+        return _numbers(n) | {"text": candidate.text, "title": candidate.title}
+
+    def _turns(self, shown: Sequence[Candidate]) -> list[tuple[Turn, dict[str, str]]]:
+        """The turns in order; a run of `each` turns is repeated as one group per passage."""
+        out: list[tuple[Turn, dict[str, str]]] = []
+        i = 0
+        while i < len(self.messages):
+            j = i
+            while j < len(self.messages) and self.messages[j].each:
+                j += 1
+            if j > i:
+                for n, candidate in enumerate(shown, 1):
+                    out += [(turn, self._of(n, candidate)) for turn in self.messages[i:j]]
+                i = j
+            else:
+                out.append((self.messages[i], {}))
+                i += 1
+        return out
+
+
+def _numbers(n: int) -> dict[str, str]:
+    return {"n": str(n), "letter": _LETTERS[n - 1] if n <= len(_LETTERS) else f"A{n}"}
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Replace the known placeholders in one pass; what was filled in is not looked at again."""
+    return _PLACEHOLDER.sub(lambda m: values.get(m.group(1), m.group(0)), template)
+
+
+# --- preparing texts --------------------------------------------------------------------------
+
+
+def prepare(
+    query: Query,
+    prompt: Prompt,
+    limits: Limits,
+    *,
+    family: str,
+    clip: Callable[[str, int], str],
+    raw_special_tokens: bool,
+    notes: Counter[str],
+) -> Query:
+    """Title joined, cleaned, clipped and neutralised copies of a query's texts.
+
+    `clip` cuts in the model's tokens and should remember (a passage recurs in many queries).
+    Counts what bit in `notes`: passages_clipped, queries_clipped, special_tokens, passages_empty.
+    """
+
+    def cut(text: str, what: Literal["query", "passage"]) -> str:
+        limit = limits.of(what, family)
+        if limit is None:
+            return text
+        text = " ".join(text.split()) if limits.unit == "words" else text
+        short = shorten(text, limit, limits.unit, clip)
+        notes[f"{'queries' if what == 'query' else 'passages'}_clipped"] += len(short) < len(text)
+        return short
+
+    def safe(text: str) -> str:
+        if raw_special_tokens:
+            return text
+        text, count = SPECIAL.subn(lambda m: m.group(0)[0] + " " + m.group(0)[1:], text)
+        notes["special_tokens"] += count
+        return text
+
+    # Brackets are rewritten after the cut in every published protocol that rewrites them.
+    late: tuple[Step, ...] = ("brackets",) if "brackets" in prompt.clean else ()
+    early = tuple(step for step in prompt.clean if step != "brackets")
+    candidates = []
+    for c in query.candidates:
+        joined = fill(prompt.joined, {"title": c.title, "text": c.text}) if c.title else c.text
+        text = apply(cut(safe(apply(joined, early)), "passage"), late)
+        notes["passages_empty"] += not text.strip()
+        candidates.append(replace(c, text=text))
+    template = query_template(prompt, query.dataset)
+    wrapped = fill(template, {"query": cut(safe(apply(query.text, prompt.clean_query)), "query")})
+    return replace(query, text=wrapped, candidates=tuple(candidates))
+
+
+def query_template(prompt: Prompt, dataset: str) -> str:
+    """The wrapper for this dataset's queries; `bright/*` covers a collection, `*` all others."""
+    for key in (dataset, f"{dataset.partition('/')[0]}/*", "*"):
+        if key in prompt.query_templates:
+            return prompt.query_templates[key]
+    return "{query}"
+
+
+def shorten(text: str, limit: int, unit: Unit, clip: Callable[[str, int], str]) -> str:
+    """At most `limit` units of the text. Words split on white space and join with one space."""
+    if unit == "characters":
+        return text[:limit]
+    if unit == "words":
+        return " ".join(text.split()[:limit])
+    return clip(text, limit)
+
+
+def apply(text: str, steps: Sequence[Step]) -> str:
+    """Run the named cleaning steps in order."""
+    for step in steps:
+        text = _STEPS[step](text)
+    return text
+
+
+def _ftfy(text: str) -> str:
+    import ftfy
+
+    return str(ftfy.fix_text(text))
+
+
+def _ftfy_prompt(text: str) -> str:
+    """What ftfy does to this text inside a rendered prompt, where a `<` keeps HTML entities.
+
+    The originals repair the whole prompt. Doing it to the texts gives the same bytes, and leaves
+    no repair behind the neutralising that could put a special token together again.
+    """
+    import ftfy
+
+    return str(ftfy.fix_text(text, unescape_html=False))
+
+
+def _nfc(text: str) -> str:
+    import unicodedata
+
+    return unicodedata.normalize("NFC", text)
+
+
+_STEPS: dict[Step, Callable[[str], str]] = {
+    "strip": str.strip,
+    "spaces": lambda text: " ".join(text.split()),
+    "newlines": lambda text: re.sub(r"[\n\t\r\f]", " ", text),
+    "nfc": _nfc,
+    "ftfy": _ftfy,
+    "ftfy-prompt": _ftfy_prompt,
+    "brackets": lambda text: re.sub(r"\[(\d+)\]", r"(\1)", text),
+    "no-title-marks": lambda text: text.replace("Title: Content: ", ""),
+}

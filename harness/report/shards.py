@@ -1,0 +1,198 @@
+"""The data files behind the leaderboard page, and the one way anything gets into a script.
+
+Owns their names, their content and their safe spelling. It must not know the page's layout.
+
+A data file is a classic script that calls `__shard(name, content)`: a page opened from disk may
+neither fetch nor import modules. There is one for each cell (c...) and each dataset (d...); what
+belongs to single queries, calls and passages, is cut into numbered parts beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from harness import store
+from harness.types import CellResult, digest
+
+CUT = 4000  # characters of one answer; of a longer one the first and the last half are kept
+PART = 1_000_000  # characters after which the next part begins
+CALL = (
+    "round", "docids", "key", "text", "left_out", "finish", "prompt_tokens", "generated_tokens",
+    "reasoning_tokens", "order", "score", "faults", "changed", "seconds", "from_cache",
+)  # fmt: skip
+_NAME = re.compile(r"[cd][0-9a-f]{16}(-\d+)?\.js")
+
+Texts = Mapping[str, Mapping[str, Mapping[str, Any]]]
+Content = Mapping[str, Any]
+
+
+def write_all(
+    cells: Sequence[CellResult], folder: Path, texts: Texts, with_text: bool
+) -> list[Path]:
+    """Write the data files of these cells, then remove those of cells that are gone."""
+    written = []
+    for name, content in _shards(cells, texts, with_text):
+        code = f"__shard({json.dumps(name)},{script_json(content)})\n"
+        written.append(write(folder / f"{name}.js", code))
+    _remove_stale(folder, {path.name for path in written})
+    return written
+
+
+def group(cell: CellResult) -> tuple[str, ...]:
+    """Which column: cells are comparable only over the same candidates, judgements and depth."""
+    record = cell.record
+    hashes = (str(record["first_stage"].get("sha256")), str(record["dataset"].get("sha256")))
+    return (cell.first_stage, f"{int(record['depth']):06}", cell.dataset, *hashes)
+
+
+def place(cell: CellResult) -> tuple[str, ...]:
+    return (*group(cell), cell.model, kind(cell))
+
+
+def kind(cell: CellResult) -> str:
+    return str(cell.record.get("kind", "measured"))
+
+
+def cell_name(cell: CellResult) -> str:
+    """A file name made of hashes alone: no name from a registry or a model reaches the disk."""
+    return "c" + digest([cell.record.get("key"), *place(cell)])[:16]
+
+
+def dataset_name(label: str) -> str:
+    return "d" + digest(label)[:16]
+
+
+def _shards(
+    cells: Sequence[CellResult], texts: Texts, with_text: bool
+) -> Iterator[tuple[str, Content]]:
+    """Every data file as (name, content)."""
+    for cell in cells:
+        parts = _Parts(cell_name(cell))
+        yield from parts.cut(_calls(cell.folder).items())
+        columns = list(cell.per_query[0]) if cell.per_query else []
+        yield (
+            parts.name,
+            {
+                "record": cell.record,
+                "columns": columns,
+                "rows": [[row[name] for name in columns] for row in cell.per_query],
+                "run": _run(cell.folder / "run.trec"),
+                "calls": CALL,
+                "parts": parts.where,
+            },
+        )
+    for label in sorted({c.dataset for c in cells} & set(texts)):
+        yield from _dataset(label, [c for c in cells if c.dataset == label], texts, with_text)
+
+
+def _dataset(
+    label: str, cells: Sequence[CellResult], texts: Texts, with_text: bool
+) -> Iterator[tuple[str, Content]]:
+    """Queries and grades of one dataset, and the passages of its candidates where they may go."""
+    have, ranked = texts[label], _candidates(cells)
+    allowed = with_text or all(c.record["dataset"].get("show_text") for c in cells)
+    passages, parts = have.get("documents", {}) if allowed else {}, _Parts(dataset_name(label))
+    shown = ((q, {d: passages[d] for d in ids if d in passages}) for q, ids in ranked.items())
+    yield from parts.cut((q, found) for q, found in shown if found)
+    grades = have.get("qrels", {})
+    yield (
+        parts.name,
+        {
+            "queries": {q: have["queries"][q] for q in ranked if q in have.get("queries", {})},
+            "grades": {q: {d: grades.get(q, {}).get(d) for d in ids} for q, ids in ranked.items()}
+            if grades
+            else {},
+            "parts": parts.where,
+        },
+    )
+
+
+def _candidates(cells: Sequence[CellResult]) -> dict[str, list[str]]:
+    """Every document that one of the cells ranks, by query."""
+    found: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        for qid, docids in _run(cell.folder / "run.trec").items():
+            found.setdefault(qid, {}).update(dict.fromkeys(docids))
+    return {qid: sorted(docids) for qid, docids in found.items()}
+
+
+class _Parts:
+    """Splits what belongs to queries into numbered files and remembers which query is where."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.where: dict[str, int] = {}
+
+    def cut(self, items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Content]]:
+        content: dict[str, Any] = {}
+        size = number = 0
+        for qid, value in items:
+            size += len(script_json(value))
+            content[qid], self.where[qid] = value, number
+            if size > PART:
+                yield f"{self.name}-{number}", content
+                content, size, number = {}, 0, number + 1
+        if content:
+            yield f"{self.name}-{number}", content
+
+
+def _calls(folder: Path) -> dict[str, list[list[Any]]]:
+    """The trace by query, one list of CALL's values a call."""
+    found: dict[str, list[list[Any]]] = {}
+    for line in store.read_trace(folder):
+        text = str(line.get("text") or "")
+        over = max(0, len(text) - CUT)
+        if over:
+            line |= {"text": text[: CUT // 2] + "\n…\n" + text[-CUT // 2 :]}
+        found.setdefault(str(line["qid"]), []).append(
+            [(line | {"left_out": over}).get(k) for k in CALL]
+        )
+    return found
+
+
+def _run(path: Path) -> dict[str, list[str]]:
+    """The docids of a run that the store wrote: in rank order, white space percent-encoded."""
+    found: dict[str, list[str]] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            qid, _, docid, *_ = line.split()
+            found.setdefault(qid, []).append(unquote(docid))
+    return found
+
+
+def script_json(value: Any) -> str:
+    """JSON that is safe inside a script element and is a JavaScript literal: ASCII, no < > &."""
+    text = json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _finite(value: Any) -> Any:
+    """Infinities and NaN as null, which is all that JSON has for them."""
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_bytes(text.encode("utf-8", "replace"))
+    part.replace(path)
+    return path
+
+
+def _remove_stale(folder: Path, keep: set[str]) -> None:
+    """Data files of cells that are gone; anything that this module did not name stays."""
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if _NAME.fullmatch(path.name) and path.name not in keep:
+                path.unlink()

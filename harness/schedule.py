@@ -1,0 +1,179 @@
+"""THE LOOP: any number of method generators, one engine, one cache.
+
+Synchronous and single-threaded: it keeps up to `concurrency` queries alive, asks the cache first,
+submits the misses, stores every completion before the generator moves on, and closes every
+generator whatever happens. It must not know datasets, measures or where results go.
+
+An engine failure leaves as EngineError with the waiting queries named; it never becomes a
+half-sorted ranking.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from harness.cache import Cache
+from harness.types import Call, Completion, Engine, EngineError, Flow, Outcome, Ranking, Request
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """A request on its way: whose it is, and its place in that query's last yield."""
+
+    query: _Query
+    index: int
+    key: bytes
+    request: Request
+
+
+@dataclass
+class _Query:
+    """A query on its way: its generator, its last yield and every call answered before."""
+
+    qid: str
+    flow: Flow
+    round: int = 0
+    asks: list[_Ask] = field(default_factory=list)
+    answers: dict[int, tuple[Completion, bool]] = field(default_factory=dict)
+    log: list[tuple[int, _Ask, Completion, bool]] = field(default_factory=list)
+
+
+def run(
+    flows: Iterable[tuple[str, Flow]],
+    engine: Engine,
+    cache: Cache,
+    *,
+    key: Callable[[Request], bytes],
+    concurrency: int,
+    read_cache: bool = True,
+) -> Iterator[Outcome]:
+    """Drive every flow to its Ranking; outcomes come in the order in which queries finish.
+
+    flows        (qid, generator) pairs, drawn only as places become free
+    key          the identity of a request (cache.Identity.key)
+    read_cache   False asks the engine for everything (latency runs) but still stores
+    Equal requests in flight at the same time are asked once.
+    """
+    loop = _Loop(iter(flows), engine, cache, key, read_cache)
+    try:
+        while True:
+            loop.admit(concurrency)
+            yield from loop.advance()
+            if loop.ready or (loop.open and len(loop.alive) < concurrency):
+                continue
+            if not loop.alive:
+                return
+            loop.wait()
+    finally:
+        for query in loop.alive.values():
+            query.flow.close()
+
+
+class _Loop:
+    def __init__(
+        self,
+        source: Iterator[tuple[str, Flow]],
+        engine: Engine,
+        cache: Cache,
+        key: Callable[[Request], bytes],
+        read_cache: bool,
+    ) -> None:
+        self.source, self.open = source, True
+        self.engine, self.cache, self.key, self.read_cache = engine, cache, key, read_cache
+        self.alive: dict[str, _Query] = {}
+        self.ready: deque[_Query] = deque()
+        self.waiting: dict[bytes, list[_Ask]] = {}
+        self.numbers: dict[int, bytes] = {}
+        self.submitted = 0
+
+    def admit(self, concurrency: int) -> None:
+        """Fill the free places."""
+        while self.open and len(self.alive) < concurrency:
+            if (item := next(self.source, None)) is None:
+                self.open = False
+                return
+            query = _Query(*item)
+            self.alive[query.qid] = query
+            self.ready.append(query)
+
+    def advance(self) -> Iterator[Outcome]:
+        """Move every ready query one step, then dispatch all their new requests in one batch."""
+        fresh: list[_Ask] = []
+        for _ in range(len(self.ready)):
+            query = self.ready.popleft()
+            try:
+                fresh += self._step(query)
+            except StopIteration as stop:
+                del self.alive[query.qid]
+                yield _outcome(query, stop.value)
+        self._dispatch(fresh)
+
+    def _step(self, query: _Query) -> list[_Ask]:
+        """One send into the generator; one that breaks the protocol is named."""
+        if query.round:
+            answers = [query.answers[i] for i in range(len(query.asks))]
+            query.log += [(query.round, a, c, hit) for a, (c, hit) in zip(query.asks, answers)]
+            requests = query.flow.send([completion for completion, _ in answers])
+        else:
+            requests = next(query.flow)
+        if not requests:
+            raise RuntimeError(f"{_where(query.flow)} yielded no requests for query {query.qid}")
+        query.round += 1
+        query.answers = {}
+        query.asks = [_Ask(query, i, self.key(r), r) for i, r in enumerate(requests)]
+        return query.asks
+
+    def _dispatch(self, fresh: list[_Ask]) -> None:
+        unseen = list({ask.key: None for ask in fresh if ask.key not in self.waiting})
+        stored = self.cache.get_many(unseen) if self.read_cache and unseen else {}
+        for ask in fresh:
+            if ask.key in stored:
+                self._deliver(ask, stored[ask.key], from_cache=True)
+            elif ask.key in self.waiting:
+                self.waiting[ask.key].append(ask)
+            else:
+                self.waiting[ask.key] = [ask]
+                self.numbers[self.submitted] = ask.key
+                self.engine.submit(self.submitted, ask.request)
+                self.submitted += 1
+
+    def wait(self) -> None:
+        """Block for answers, store them, and only then hand them on."""
+        try:
+            done = self.engine.poll()
+        except EngineError as error:
+            names = ", ".join(list(self.alive)[:3])
+            more = f" and {len(self.alive) - 3} more" if len(self.alive) > 3 else ""
+            raise EngineError(f"{error} (in flight: query {names}{more})") from error
+        answered = [(self.numbers.pop(number), completion) for number, completion in done]
+        self.cache.put_many(answered)
+        for key, completion in answered:
+            for i, ask in enumerate(self.waiting.pop(key)):
+                self._deliver(ask, completion, from_cache=i > 0)
+
+    def _deliver(self, ask: _Ask, completion: Completion, *, from_cache: bool) -> None:
+        query = ask.query
+        query.answers[ask.index] = (completion, from_cache)
+        if len(query.answers) == len(query.asks):
+            self.ready.append(query)
+
+
+def _outcome(query: _Query, ranking: object) -> Outcome:
+    """Join the calls with what the method understood of them; both are in order of asking."""
+    if not isinstance(ranking, Ranking) or len(ranking.parsed) != len(query.log):
+        raise RuntimeError(
+            f"{_where(query.flow)} must return a Ranking with one Parsed for each of its"
+            f" {len(query.log)} calls (query {query.qid})"
+        )
+    calls = tuple(
+        Call(round_, ask.key.hex(), ask.request, completion, parsed, hit)
+        for (round_, ask, completion, hit), parsed in zip(query.log, ranking.parsed, strict=True)
+    )
+    return Outcome(query.qid, ranking, calls, query.round)
+
+
+def _where(flow: Flow) -> str:
+    code = getattr(flow, "gi_code", None)
+    return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})" if code else repr(flow)

@@ -1,0 +1,275 @@
+"""registry/**/*.toml and prompts/*.toml -> ModelSpec, DatasetSpec, Prompt and suites.
+
+Owns names: how they are spelled, overridden and looked up, and what the nearest match of a wrong
+one is. It must not know what a method does (it binds options against a signature it is handed),
+and it reads no data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import inspect
+import tomllib
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from harness.prompts import Limits, Prompt, Turn
+from harness.types import DatasetSpec, ModelSpec, RegistryError
+
+T = TypeVar("T")
+
+OPTION_ALIASES = {
+    "step_size": "stride",
+    "window": "size",
+    "window_size": "size",
+    "num_permutation": "permutations",
+    "top": "k",
+    "hits": "depth",
+}
+
+
+def data_root() -> Path:
+    """The folder that holds registry/ and prompts/: the checkout, or what the wheel ships."""
+    here = Path(__file__).resolve().parent
+    return here.parent if (here.parent / "registry").is_dir() else here / "_data"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Everything that is named. `extra` is a user's own folder, laid over the shipped one."""
+
+    extra: Path | None = None
+
+    def _folders(self, kind: str) -> list[Path]:
+        shipped = data_root() / ("prompts" if kind == "prompts" else f"registry/{kind}")
+        if self.extra is None:
+            return [shipped]
+        if not self.extra.is_dir():
+            raise RegistryError("no such registry folder", where=str(self.extra))
+        return [shipped, self.extra / kind]
+
+    def _files(self, kind: str) -> list[Path]:
+        return [f for folder in self._folders(kind) for f in sorted(folder.glob("*.toml"))]
+
+    @cached_property
+    def models(self) -> dict[str, ModelSpec]:
+        """Every model, each variant under `name@variant`, in registry order."""
+        out: dict[str, ModelSpec] = {}
+        for path in self._files("models"):
+            tables = read_toml(path)
+            shared = tables.pop("defaults", {})
+            for name, table in tables.items():
+                variants = table.pop("variants", {})
+                whole = merge(shared, table)
+                out[name] = build(ModelSpec, {"name": name} | whole, f"{path}: [{name}]")
+                for variant, changes in variants.items():
+                    full = f"{name}@{variant}"
+                    where = f"{path}: [{name}.variants.{variant}]"
+                    out[full] = build(ModelSpec, {"name": full} | merge(whole, changes), where)
+        return out
+
+    @cached_property
+    def prompts(self) -> dict[str, Prompt]:
+        return {
+            f.stem: build(Prompt, {"name": f.stem} | read_toml(f), str(f))
+            for f in self._files("prompts")
+        }
+
+    @cached_property
+    def datasets(self) -> dict[str, DatasetSpec]:
+        """Tables of registry/datasets/*.toml, and every folder there with a dataset.toml."""
+        out: dict[str, DatasetSpec] = {}
+        for path in self._files("datasets"):
+            tables = read_toml(path)
+            shared = tables.pop("defaults", {})
+            for name, table in tables.items():
+                out[name] = build(
+                    DatasetSpec, {"name": name} | merge(shared, table), f"{path}: [{name}]"
+                )
+        for folder in self._folders("datasets"):
+            for path in sorted(folder.glob("*/dataset.toml")):
+                spec = folder_dataset(path.parent)
+                out[spec.name] = spec
+        return out
+
+    @cached_property
+    def suites(self) -> dict[str, dict[str, Any]]:
+        return {f.stem: read_toml(f) for f in self._files("suites")}
+
+    def find_models(self, pattern: str) -> list[ModelSpec]:
+        """A name, or a glob over the names (variants only when the glob has an `@`)."""
+        if any(c in pattern for c in "*?["):
+            names = [n for n in self.models if ("@" in n) <= ("@" in pattern)]
+            found = fnmatch.filter(names, pattern)
+            if not found:
+                raise RegistryError(f"no model matches {pattern!r}")
+            return [self.models[n] for n in found]
+        return [self._named(self.models, pattern, "model")]
+
+    def find_datasets(self, pattern: str) -> list[DatasetSpec]:
+        """A name in any spelling, a suite of datasets, or a glob over the names."""
+        if pattern in self.suites and "datasets" in self.suites[pattern]:
+            names: list[str] = self.suites[pattern]["datasets"]
+            return [spec for name in names for spec in self.find_datasets(name)]
+        if any(c in pattern for c in "*?["):
+            found = fnmatch.filter(self.datasets, pattern)
+            if not found:
+                raise RegistryError(f"no dataset matches {pattern!r}")
+            return [self.datasets[n] for n in found]
+        wanted = canonical(pattern)
+        for spec in self.datasets.values():
+            if wanted in {canonical(n) for n in (spec.name, *spec.aliases)}:
+                return [spec]
+        known = [n for s in self.datasets.values() for n in (s.name, *s.aliases)] + [*self.suites]
+        raise RegistryError(f"unknown dataset {pattern!r}", known=known, given=pattern)
+
+    def prompt(self, name: str) -> Prompt:
+        return self._named(self.prompts, name, "prompt")
+
+    def _named(self, table: Mapping[str, T], name: str, what: str) -> T:
+        if name not in table:
+            raise RegistryError(f"unknown {what} {name!r}", known=table, given=name)
+        return table[name]
+
+
+def canonical(name: str) -> str:
+    """One spelling for all: lower case, hyphens and underscores alike, no BEIR version prefix."""
+    text = name.lower().replace("_", "-").removeprefix("beir-v1.0.0-").removesuffix(".flat")
+    return text.removesuffix("-flat").removesuffix("-test").replace("bright-", "bright/", 1)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse one file; a syntax error names file and line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RegistryError(str(error), where=str(path)) from error
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` over `base`; tables merge one level deep, so that one option can be changed."""
+    out = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = {**out[key], **value} if both else value
+    return out
+
+
+def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """A dataclass from a TOML table: unknown keys and wrong types are errors with the key."""
+    from pydantic import TypeAdapter, ValidationError
+
+    check_keys(table, [f.name for f in dataclasses.fields(cls)], where)  # type: ignore[arg-type]
+    for turn in table.get("messages", ()):
+        check_keys(turn, [f.name for f in dataclasses.fields(Turn)], f"{where}.messages")
+    if "limits" in table:
+        check_keys(table["limits"], [f.name for f in dataclasses.fields(Limits)], f"{where}.limits")
+    try:
+        return TypeAdapter(cls).validate_python(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise RegistryError(f"key {key!r}: {first['msg']}", where=where) from error
+
+
+def check_keys(table: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raise RegistryError for the first key that is not known."""
+    known = list(known)
+    for key in table:
+        if key not in known:
+            raise RegistryError(f"unknown key {key!r}", known=known, given=key, where=where)
+
+
+def folder_dataset(folder: Path) -> DatasetSpec:
+    """A local folder as a dataset; its dataset.toml (optional) gives name, depth, measures."""
+    path = folder / "dataset.toml"
+    table = read_toml(path) if path.exists() else {}
+    facts = {"name": folder.resolve().name, "source": "folder", "location": str(folder)}
+    return build(DatasetSpec, facts | table, str(path))
+
+
+# --- what the command line may change ---------------------------------------------------------
+
+
+def option_name(name: str) -> str:
+    """Hyphens, and the spellings of other tools, as this project's option names."""
+    plain = name.strip().replace("-", "_")
+    return OPTION_ALIASES.get(plain, plain)
+
+
+def override(spec: ModelSpec, assignments: Iterable[str]) -> ModelSpec:
+    """Apply `--set key=value`: method options, `limits.x`, `sampling.x`, or a plain spec field.
+
+    Values are TOML where they parse as TOML, text otherwise. What changed is kept in `overrides`.
+    """
+    changed = dict(spec.overrides)
+    for text in assignments:
+        key, equals, raw = text.partition("=")
+        if not equals or not key.strip():
+            raise RegistryError(f"--set expects option=value, got {text!r}")
+        group, dot, rest = key.strip().partition(".")
+        if dot and group in ("limits", "sampling", "options"):
+            name = option_name(rest)
+            table = {**getattr(spec, group), name: toml_value(raw)}
+            changes: dict[str, Any] = {group: table}
+            spec = replace(spec, **changes)
+            key = name if group == "options" else f"{group}.{name}"
+        elif key.strip() in ("adapter_mode", "dtype", "prompt", "raw_special_tokens"):
+            key = key.strip()
+            changes = {key: toml_value(raw)}
+            spec = replace(spec, **changes)
+        else:
+            key = option_name(key)
+            spec = replace(spec, options={**spec.options, key: toml_value(raw)})
+        changed[key] = raw.strip()
+    return replace(spec, overrides=tuple(changed.items()))
+
+
+def with_method(spec: ModelSpec, method: str) -> ModelSpec:
+    """Another method for the same model; its old options do not carry over."""
+    changed = {**dict(spec.overrides), "method": method}
+    return replace(spec, method=method, options={}, overrides=tuple(changed.items()))
+
+
+def toml_value(raw: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw.strip()
+
+
+def bind(function: Callable[..., Any], options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check options against a method's keyword-only parameters; defaults filled in.
+
+    The parameters' annotations are the schema, bounds included (`Annotated[int, Ge(1)]`).
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    hints = typing.get_type_hints(function, include_extras=True)
+    schema = {
+        p.name: p
+        for p in inspect.signature(function).parameters.values()
+        if p.kind == p.KEYWORD_ONLY
+    }
+    check_keys(options, schema, where)
+    bound = {name: p.default for name, p in schema.items()}
+    for name, value in options.items():
+        try:
+            bound[name] = TypeAdapter(hints[name]).validate_python(value, strict=True)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise RegistryError(f"option {name}={value!r}: {reason}", where=where) from error
+    return bound
+
+
+def limits_for(spec: ModelSpec, prompt: Prompt) -> Limits:
+    """The prompt's limits with the model's own laid over; unknown keys are errors."""
+    known = {f.name: getattr(prompt.limits, f.name) for f in dataclasses.fields(Limits)}
+    where = f"model {spec.name}: limits"
+    check_keys(spec.limits, known, where)
+    return build(Limits, {**known, **spec.limits}, where)

@@ -1,0 +1,174 @@
+"""Intervals, paired tests and their correction for per-query values.
+
+Everything is seeded and gives the same digits on every run. It knows arrays of numbers and the
+per-query rows of a CellResult; it must not know tables, plots or how a cell was made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.types import DEFAULT_SEED, CellResult, DataError
+
+TIE = 1e-12  # values that differ by less are equal: sums in another order differ by this much
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A confidence interval in the units of its values."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """System a against system b over the same n queries.
+
+    difference  mean of a - b with its 95 % bootstrap interval [low, high]
+    t_p         two-sided paired Student t      fisher_p  two-sided sign-flip randomisation
+    d_z         mean difference / its standard deviation, with Hedges' small-sample correction
+    """
+
+    difference: float
+    low: float
+    high: float
+    t_p: float
+    fisher_p: float
+    d_z: float
+    wins: int
+    ties: int
+    losses: int
+    n: int
+
+
+def align(a: CellResult, b: CellResult, measure: str) -> tuple[list[float], list[float]]:
+    """Both cells' per-query values in a's order; raises DataError where the queries differ."""
+    left = {str(row["qid"]): row[measure] for row in a.per_query if row.get(measure) is not None}
+    right = {str(row["qid"]): row[measure] for row in b.per_query if row.get(measure) is not None}
+    if left.keys() != right.keys() or not left:
+        raise DataError(f"{a.model} and {b.model} on {a.dataset} do not answer the same queries")
+    return list(left.values()), [right[qid] for qid in left]
+
+
+def bootstrap_interval(
+    values: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = DEFAULT_SEED
+) -> Interval:
+    """BCa interval of the mean (Efron 1987); (nan, nan) for fewer than two values."""
+    import numpy as np
+    from scipy.stats import norm
+
+    data = np.asarray(values, dtype=float)
+    n, mean = len(data), float(np.mean(data)) if len(data) else float("nan")
+    if n < 2 or np.ptp(data) <= TIE:  # no spread to resample, and BCa would divide by zero
+        return Interval(mean, mean) if n > 1 else Interval(float("nan"), float("nan"))
+    rng = np.random.Generator(np.random.PCG64(seed))
+    means = np.concatenate(
+        [data[rng.integers(0, n, (m, n))].mean(1) for m in _chunks(resamples, n)]
+    )
+    below = (np.sum(means < mean - TIE) + np.sum(means <= mean + TIE)) / (2 * resamples)
+    bias = norm.ppf(below)
+    left_out = (data.sum() - data) / (n - 1)
+    spread = left_out.mean() - left_out
+    skew = np.sum(spread**3) / (6 * np.sum(spread**2) ** 1.5)
+    z = bias + norm.ppf([(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, norm.cdf(bias + z / (1 - skew * z)))
+    return Interval(float(low), float(high))
+
+
+def _chunks(total: int, width: int, most: int = 4_000_000) -> list[int]:
+    """Split `total` rows of `width` numbers so that one chunk stays in tens of megabytes."""
+    size = max(1, most // max(1, width))
+    return [min(size, total - done) for done in range(0, total, size)]
+
+
+def sign_flip(a: Sequence[float], b: Sequence[float], seed: int = DEFAULT_SEED) -> float:
+    """Fisher's two-sided randomisation test on paired values: p = (extreme + 1) / (B + 1).
+
+    B is 100 000 up to 200 pairs and 10 000 above; p is never 0.
+    """
+    import numpy as np
+
+    differences = _differences(a, b)
+    n, total = len(differences), differences.sum()
+    flips = 100_000 if n <= 200 else 10_000
+    rng = np.random.Generator(np.random.PCG64(seed))
+    extreme = 0
+    for rows in _chunks(flips, n):
+        bits = np.unpackbits(rng.integers(0, 256, (rows, -(-n // 8)), dtype=np.uint8), axis=1)
+        flipped = 2.0 * (bits[:, :n].astype(float) @ differences) - total
+        extreme += int(np.sum(np.abs(flipped) >= abs(total) - TIE))
+    return (extreme + 1) / (flips + 1)
+
+
+def _differences(a: Sequence[float], b: Sequence[float]) -> Any:
+    import numpy as np
+
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"paired values need the same queries, got {len(a)} and {len(b)}")
+    return np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+
+
+def paired(a: Sequence[float], b: Sequence[float], seed: int = DEFAULT_SEED) -> Paired:
+    """Compare two systems query by query; a and b hold the same queries in the same order."""
+    import numpy as np
+
+    differences = _differences(a, b)
+    interval = bootstrap_interval(differences, seed=seed)
+    t_p, d_z = _student(differences)
+    return Paired(
+        difference=float(differences.mean()),
+        low=interval.low,
+        high=interval.high,
+        t_p=t_p,
+        fisher_p=sign_flip(a, b, seed),
+        d_z=d_z,
+        wins=int(np.sum(differences > TIE)),
+        ties=int(np.sum(np.abs(differences) <= TIE)),
+        losses=int(np.sum(differences < -TIE)),
+        n=len(differences),
+    )
+
+
+def _student(differences: Any) -> tuple[float, float]:
+    """p of the paired t test and Hedges-corrected d_z; nan where equal differences forbid both."""
+    import numpy as np
+    from scipy.stats import t
+
+    n, mean = len(differences), float(differences.mean())
+    if np.ptp(differences) <= TIE:
+        return (1.0, 0.0) if abs(mean) <= TIE else (float("nan"), float("nan"))
+    d_z = mean / float(np.std(differences, ddof=1))
+    return float(2 * t.sf(abs(d_z) * n**0.5, n - 1)), d_z * (1 - 3 / (4 * (n - 1) - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p values, in the order given."""
+    adjusted, worst, m = [0.0] * len(p_values), 0.0, len(p_values)
+    for rank, i in enumerate(sorted(range(m), key=lambda i: p_values[i])):
+        worst = max(worst, min(1.0, (m - rank) * p_values[i]))
+        adjusted[i] = worst
+    return adjusted
+
+
+def minimal_detectable(sd: float, n: int, alpha: float = 0.05, power: float = 0.8) -> float:
+    """Smallest mean difference that a two-sided paired t test over n queries finds.
+
+    sd is that of the per-query differences; the answer is in its units, nan for n < 2.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
+
+    if n < 2:
+        return float("nan")
+    edge = t.ppf(1 - alpha / 2, n - 1)
+
+    def missing(shift: float) -> float:
+        found = nct.sf(edge, n - 1, shift) + nct.cdf(-edge, n - 1, shift)
+        return float(found - power)
+
+    shift = float(brentq(missing, 1e-6, edge + 30))
+    return shift * sd / math.sqrt(n)

