@@ -25,6 +25,7 @@ from harness.rerank import METHODS
 from harness.specs import bind, limits_for
 from harness.types import (
     Cell,
+    Call,
     CellResult,
     DataError,
     Engine,
@@ -69,6 +70,8 @@ def resolve(cell: Cell, prompt: Prompt | None, collection: Collection) -> Job:
         raise RegistryError(
             f"unknown method {spec.method!r}", known=METHODS, given=spec.method, where=where
         )
+    for name in cell.dataset.measures:  # a wrong one shows before anything is asked
+        measure.parse_measure(name)
     method = METHODS[spec.method]
     options = bind(method.flow, spec.options, f"{where}: method {spec.method}")
     if "seed" in options and "seed" not in spec.options:
@@ -239,7 +242,7 @@ def _row(
     return {
         "qid": outcome.qid,
         **{name: values[outcome.qid] for name, values in scores.items()},
-        "calls": len(calls),
+        "calls": len(_answered(calls)),
         "rounds": outcome.rounds,
         "prompt_tokens": sum(c.completion.prompt_tokens for c in calls),
         "generated_tokens": sum(c.completion.output_tokens for c in calls),
@@ -264,6 +267,11 @@ def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
+def _answered(calls: Sequence[Call]) -> list[Call]:
+    """Without the prompts that did not fit: the engine never ran them."""
+    return [call for call in calls if call.completion.finish != "too_long"]
+
+
 def _faults(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """How many calls had each fault, and the share of calls whose answer changed nothing."""
     calls = [call for o in outcomes for call in o.calls]
@@ -280,7 +288,7 @@ def _faults(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 def _efficiency(outcomes: Sequence[Outcome], wall: float, kind: str) -> dict[str, Any]:
     """Totals from call records. `seconds` is recorded engine time, also of calls answered before;
     what depends on this run's clock is None as soon as one answer came from a cache."""
-    calls = [call for o in outcomes for call in o.calls]
+    calls = _answered([call for o in outcomes for call in o.calls])
     cached = sum(call.from_cache for call in calls)
     fresh = bool(calls) and not cached
     return {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import shlex
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from harness.types import (
     Interrupted,
     MissingResourceError,
     RegistryError,
+    UsageError,
 )
 
 app = typer.Typer(
@@ -201,7 +201,7 @@ def run(
         print(tables.to_text(tables.summary(done.cells)))
         _say(quiet, done.summary)
     if done.failures:
-        raise done.failures[0]
+        raise typer.Exit(done.failures[0].exit_code)
 
 
 @app.command()
@@ -236,6 +236,11 @@ class _Done:
         self.failures: list[HarnessError] = []
         self.skipped = self.asked = self.cached = 0
 
+    def fail(self, cell: Any, error: HarnessError) -> None:
+        """Report a failure now, and keep it for the exit code."""
+        self.failures.append(error)
+        _error(f"{cell}: {error}")
+
     @property
     def summary(self) -> str:
         asked = "the engine was asked nothing" if not self.asked else f"{self.asked} calls asked"
@@ -253,10 +258,15 @@ def _run_matrix(matrix: Matrix, force: bool, quiet: bool) -> _Done:
 
     selection, registry, results = matrix.selection(), _registry(matrix.registry), matrix.results
     loader = plan.Loader(registry)
-    jobs = [loader.job(c, selection.first_stage) for c in plan.cells_of(registry, selection)]
-    done = _Done()
+    matrix_cells, done, jobs = plan.cells_of(registry, selection), _Done(), []
+    for one in matrix_cells:
+        try:
+            jobs.append(loader.job(one, selection.first_stage))
+        except (DataError, MissingResourceError) as error:  # flags and names are wrong for all
+            if len(matrix_cells) == 1:
+                raise
+            done.fail(one, error)
     cache = matrix.open_cache()
-    command = "harness " + shlex.join(sys.argv[1:])
     try:
         with _progress(len(jobs), quiet) as show:
             for number, job in enumerate(jobs, 1):
@@ -273,6 +283,7 @@ def _run_matrix(matrix: Matrix, force: bool, quiet: bool) -> _Done:
                         show.skipped(number, job.cell)
                     else:
                         report = show.started(number, job.cell)
+                        command = plan.command(job.cell, selection)
                         found = cells.run(
                             job, engine, cache, results, command=command, progress=report
                         )
@@ -282,11 +293,9 @@ def _run_matrix(matrix: Matrix, force: bool, quiet: bool) -> _Done:
                         show.finished(number, job.cell, found)
                     done.cells.append(found)
                 except HarnessError as error:
-                    if len(jobs) == 1:
+                    if len(matrix_cells) == 1:
                         raise
-                    done.failures.append(type(error).__new__(type(error)))
-                    done.failures[-1].args = (f"{job.cell}: {error}",)
-                    _error(f"{job.cell}: {error}")
+                    done.fail(job.cell, error)
                 finally:
                     if engine is not None:
                         engine.close()
@@ -363,29 +372,21 @@ def _say(quiet: bool, text: str) -> None:
 
 def _print_rows(rows: Sequence[Mapping[str, Any]], format: str) -> None:
     """Equal-keyed rows as aligned columns, a markdown table or JSON."""
+    from harness import listing
+
     if format == "json":
         print(json.dumps(rows, ensure_ascii=False, indent=1))
         return
     if not rows:
         print("nothing there")
         return
-    texts = [list(rows[0]), *([_plain(value) for value in row.values()] for row in rows)]
     if format == "md":
-        texts.insert(1, ["---"] * len(texts[0]))
-        for line in texts:
-            print("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
+        print(listing.markdown(list(rows)))
         return
+    texts = [list(rows[0]), *([listing.plain(v) for v in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in texts) for i in range(len(texts[0]))]
     for line in texts:
         print("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "—"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 # --- looking things up --------------------------------------------------------------------------
@@ -405,6 +406,9 @@ def list_(
     _check_format(format, ("text", "md", "json"))
     if what not in listing.LISTS:
         raise RegistryError(f"unknown list {what!r}", known=listing.LISTS, given=what)
+    if what == "models" and format == "md":
+        print(listing.models_page(_registry(registry)))
+        return
     _print_rows(listing.LISTS[what](_registry(registry)), format)
 
 
@@ -431,13 +435,17 @@ def prompt(
     visible: Annotated[bool, typer.Option("--visible", help="Make white space visible.")] = False,
     registry: RegistryDir = None,
 ) -> None:
-    """Print what a model is asked about a query, to the byte."""
+    """Print what a model is asked about a query, to the byte; first-stage order, unshuffled."""
     from harness import listing, plan
 
     selection = plan.Selection((model,), (dataset,), qrels=qrels, first_stage=first_stage)
     names = _registry(registry)
-    [cell] = plan.cells_of(names, selection)
+    [cell, *more] = plan.cells_of(names, selection)
+    if more:
+        raise UsageError(f"{model} on {dataset} is {1 + len(more)} cells: name one of each")
     job = plan.Loader(names).job(cell, first_stage)
+    if tokenizer is None and job.limits.unit == "tokens":
+        _say(False, "without --tokenizer, limits in tokens are not applied")
     text = listing.rendered(job, query, passages, tokenizer)
     print(listing.visible(text) if visible else text)
 
@@ -478,9 +486,9 @@ def report(
     if not cells:
         raise MissingResourceError(f"{results}: holds no finished cell")
     texts = _texts(cells, _registry(registry), with_text)
-    paths = build.write(cells, out, chosen, texts=texts)
+    paths = build.write(cells, out, chosen, texts=texts, with_text=with_text)
     if not quiet:
-        print(tables.to_text(tables.quality(cells)))
+        print(tables.to_text(tables.quality(cells, baseline="first-stage")))
     print(f"{len(paths)} files in {out}: {_first(paths, 'index.html', 'quality.md')}")
 
 

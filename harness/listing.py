@@ -13,7 +13,7 @@ from typing import Any
 
 from harness import cell as cell_module
 from harness import store
-from harness.prompts import prepare
+from harness.prompts import Limits, prepare
 from harness.rerank import METHODS
 from harness.specs import Registry, limits_for
 from harness.types import MissingResourceError, ModelSpec, Query, RegistryError, UsageError
@@ -113,6 +113,74 @@ LISTS: dict[str, Callable[[Registry], Rows]] = {
 }
 
 
+def variants(registry: Registry) -> Rows:
+    """The named variants: how each differs from the plain name, and where it was read."""
+    return [
+        {"variant": spec.name, "differs": spec.differs, "source": spec.source}
+        for name, spec in registry.models.items()
+        if "@" in name
+    ]
+
+
+def wire_formats(registry: Registry) -> Rows:
+    """Every prompt with its lengths as the protocol states them, by family where it does."""
+    return [
+        {
+            "prompt": p.name,
+            "answer": p.answer,
+            "passage": _limit(p.limits, "passage"),
+            "query": _limit(p.limits, "query"),
+            "generated": p.limits.max_tokens or None,
+            "source": p.source,
+        }
+        for p in registry.prompts.values()
+    ]
+
+
+def _limit(limits: Limits, what: str) -> str | None:
+    value = getattr(limits, what)
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        return f"{value} {limits.unit}"
+    parts = [f"{family} {length or 'uncut'}" for family, length in value.items()]
+    return f"{', '.join(parts)} {limits.unit}"
+
+
+def models_page(registry: Registry) -> str:
+    """docs/models.md: the registry as three tables."""
+    plain = [row for row in models(registry) if "@" not in row["model"]]
+    parts = [
+        "# Models",
+        "Made by `harness list models --format md`; a test holds it equal to the registry. Unpinned: the"
+        " revision is `main`, because no commit was known when the row was written. A model"
+        " trained on msmarco-passage is in-domain on TREC DL, and tables say so.",
+        markdown(plain),
+        "## Variants",
+        "The plain name is the format a model was trained with. What others send instead has a name.",
+        markdown(variants(registry)),
+        "## Wire formats",
+        "Lengths are in the unit of the protocol; every text is cut once and cuts are counted.",
+        markdown(wire_formats(registry)),
+    ]
+    return "\n\n".join(parts)
+
+
+def markdown(rows: Rows) -> str:
+    """Equal-keyed rows as a GitHub table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([plain(v) for v in r.values()] for r in rows)]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines)
+
+
+def plain(value: Any) -> str:
+    """One value as a reader wants it; nothing is an em-dash, never an empty cell."""
+    if value is None or value == "":
+        return "—"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def cells(results: Path) -> Rows:
     """One row a cell folder, with its state, headline measure and when it was finished."""
     rows = []
@@ -177,7 +245,7 @@ def rendered(
 ) -> str:
     """The first request about a query: its messages, or with a tokenizer the exact text.
 
-    Without a tokenizer, limits in tokens are not applied (a line above says so).
+    Without a tokenizer, limits in tokens are not applied.
     """
     if job.prompt is None:
         raise UsageError(f"{job.cell.model_name} asks no model")

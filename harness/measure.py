@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from ctypes import c_float
 from typing import Any
 
 from harness.types import RegistryError
@@ -14,26 +15,56 @@ from harness.types import RegistryError
 Qrels = Mapping[str, Mapping[str, int]]
 Run = Mapping[str, Mapping[str, float]]
 
-_TREC = re.compile(r"^(ndcg_cut|ndcg_at|ndcg|recall|recip_rank|map_cut|map|p)[_.@]?(\d+)?$", re.I)
+KNOWN = ("nDCG@10", "nDCG@5", "nDCG@1", "RR@10", "AP", "R@100", "P@10", "Judged@10", "Success@5")
 _NAMES = {
-    "ndcg_cut": "nDCG", "ndcg_at": "nDCG", "ndcg": "nDCG", "recall": "R",
-    "recip_rank": "RR", "map_cut": "AP", "map": "AP", "p": "P",
+    "ndcg_cut": "nDCG", "ndcg_at": "nDCG", "ndcg": "nDCG", "recall": "R", "r": "R",
+    "recip_rank": "RR", "mrr": "RR", "rr": "RR", "map_cut": "AP", "map": "AP", "ap": "AP",
+    "p": "P", "judged": "Judged", "success": "Success",
 }  # fmt: skip
+_ALIAS = re.compile(rf"^({'|'.join(_NAMES)})(?:[_.@]?(\d+))?$", re.IGNORECASE)
 
 
 def parse_measure(name: str) -> Any:
-    """A measure from ir_measures' spelling or trec_eval's (`ndcg_cut_10`, `ndcg_cut.10`)."""
+    """A measure from ir_measures' spelling or trec_eval's (`ndcg_cut_10`, `ndcg_cut.10`).
+
+    Raises RegistryError for a name that is unknown or that nothing in this process computes.
+    """
     import ir_measures
 
     plain = name.strip()
-    if match := _TREC.match(plain):
+    if match := _ALIAS.match(plain):
         base, cut = _NAMES[match.group(1).lower()], match.group(2)
         plain = f"{base}@{cut}" if cut else base
     try:
-        return ir_measures.parse_measure(plain)
-    except (NameError, ValueError, SyntaxError, AttributeError) as error:
-        known = ["nDCG@10", "nDCG@5", "nDCG@1", "RR@10", "AP", "R@100", "P@10", "Judged@10"]
-        raise RegistryError(f"unknown measure {name!r}", known=known, given=plain) from error
+        measure = ir_measures.parse_measure(plain)
+        usable = _pipeline().supports(measure) and int(measure.params.get("cutoff", 1)) > 0
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        NameError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise _unknown(name, plain) from error
+    if not usable:  # a cut-off of 0 would end the process inside trec_eval
+        raise _unknown(name, plain)
+    return measure
+
+
+def _unknown(name: str, plain: str) -> RegistryError:
+    return RegistryError(f"unknown measure {name!r}", known=KNOWN, given=plain)
+
+
+def _pipeline() -> Any:
+    """trec_eval's own code, and what it lacks: RR with a cut-off, Judged. No outside program."""
+    import ir_measures
+
+    return ir_measures.providers.FallbackProvider(
+        [ir_measures.pytrec_eval, ir_measures.judged, ir_measures.msmarco]
+    )
 
 
 def per_query(
@@ -43,17 +74,24 @@ def per_query(
 
     trec_eval semantics: linear gain, queries sorted by score, ties by docid descending.
     """
-    import ir_measures
-
     parsed = {str(m): m for m in map(parse_measure, measures)}
     out = {name: dict.fromkeys(qids, 0.0) for name in parsed}
     wanted = {qid: dict(qrels[qid]) for qid in qids if qid in qrels}
-    found = {qid: dict(run[qid]) for qid in wanted if run.get(qid)}
+    found = {qid: _untied(run[qid]) for qid in wanted if run.get(qid)}
     if found:
-        for metric in ir_measures.iter_calc(list(parsed.values()), wanted, found):
+        for metric in _pipeline().iter_calc(list(parsed.values()), wanted, found):
             if metric.query_id in found:
                 out[str(metric.measure)][metric.query_id] = float(metric.value)
     return out
+
+
+def _untied(scores: Mapping[str, float]) -> dict[str, float]:
+    """n, n-1, ..., 1 in trec_eval's order: single precision, then docid descending.
+
+    Providers break ties in different ways (RR@10 by docid ascending); without ties they agree.
+    """
+    order = sorted(scores, key=lambda docid: (c_float(scores[docid]).value, docid), reverse=True)
+    return {docid: float(len(order) - i) for i, docid in enumerate(order)}
 
 
 def mean(values: Mapping[str, float]) -> float:

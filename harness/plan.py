@@ -5,6 +5,7 @@ Owns how models and datasets are named on the command line. It runs nothing and 
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -22,6 +23,7 @@ from harness.types import (
     DEFAULT_SEED,
     Cell,
     DatasetSpec,
+    MissingResourceError,
     ModelSpec,
     Protocol,
     RegistryError,
@@ -82,6 +84,8 @@ def cells_of(registry: Registry, selection: Selection) -> list[Cell]:
         raise UsageError(f"--depth {selection.depth}: expected at least 1")
     if selection.limit is not None and selection.limit < 1:
         raise UsageError(f"--limit {selection.limit}: expected at least 1")
+    if selection.concurrency is not None and selection.concurrency < 1:
+        raise UsageError(f"--concurrency {selection.concurrency}: expected at least 1")
     if selection.protocol not in ("quality", "latency"):
         raise RegistryError(
             f"unknown protocol {selection.protocol!r}",
@@ -110,6 +114,22 @@ def cells_of(registry: Registry, selection: Selection) -> list[Cell]:
     ]
 
 
+def command(cell: Cell, selection: Selection) -> str:
+    """The command that makes this one cell again, wherever its results are to lie."""
+    dataset = cell.dataset.location if cell.dataset.source == "requests" else cell.dataset.name
+    if cell.dataset.source == "folder" and dataset not in Registry().datasets:
+        dataset = cell.dataset.location
+    model = cell.model.name if not Path(cell.model.base).is_dir() else cell.model.base
+    words = ["harness", "run", "-m", model, "-d", dataset]
+    plain = Selection()
+    for name in PLAIN_FIELDS:
+        value = getattr(selection, name)
+        if value != getattr(plain, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += [word for text in selection.set for word in ("--set", text)]
+    return shlex.join(words)
+
+
 def find_models(registry: Registry, text: str, selection: Selection) -> list[ModelSpec]:
     """Registry names, globs, or a model folder with --method and --prompt."""
     if text not in registry.models and Path(text).expanduser().is_dir():
@@ -121,7 +141,7 @@ def find_models(registry: Registry, text: str, selection: Selection) -> list[Mod
         if selection.prompt:
             found = [override(spec, [f"prompt={selection.prompt}"]) for spec in found]
     if selection.adapter:
-        found = [replace(spec, adapter=selection.adapter) for spec in found]
+        found = [_with_adapter(spec, selection.adapter) for spec in found]
     return [_on_engine(override(spec, selection.set), selection.engine) for spec in found]
 
 
@@ -132,6 +152,13 @@ def _folder_model(text: str, selection: Selection) -> ModelSpec:
     return ModelSpec(
         name=path.name, method=selection.method, prompt=selection.prompt, base=str(path)
     )
+
+
+def _with_adapter(spec: ModelSpec, adapter: str) -> ModelSpec:
+    """Another adapter is another cell; of a local one only the folder's name shows."""
+    local = Path(adapter).expanduser()
+    shown = local.name if local.is_dir() else adapter
+    return replace(spec, adapter=adapter, overrides=(*spec.overrides, ("adapter", shown)))
 
 
 def _on_engine(spec: ModelSpec, engine: str | None) -> ModelSpec:
@@ -158,6 +185,8 @@ def find_datasets(registry: Registry, text: str, selection: Selection) -> list[D
                 first_stage="requests",
             )
         ]
+    elif path.name.endswith(REQUEST_FILES) or text.startswith((".", "/", "~")):
+        raise MissingResourceError(f"{text}: no such dataset file or folder")
     else:
         return registry.find_datasets(text)
     if selection.qrels:

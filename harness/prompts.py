@@ -47,6 +47,7 @@ class Limits:
 
     query, passage   in `unit`: the model's own tokens, words or characters
     max_tokens       most generated tokens          context   the model's window in tokens
+    shrink           a window that does not fit the context is asked again with fewer words
     """
 
     unit: Unit = "tokens"
@@ -54,6 +55,7 @@ class Limits:
     passage: int | Mapping[str, int | None] | None = None
     max_tokens: int = 0
     context: int | None = None
+    shrink: bool = False
 
     def of(self, what: Literal["query", "passage"], family: str) -> int | None:
         limit: Any = getattr(self, what)
@@ -141,6 +143,23 @@ class Prompt:
         if self.answer == "likelihood":
             return parse.likelihood(completion)
         return parse.relevance(completion)
+
+    def shortened(
+        self, shown: Sequence[Candidate], completion: Completion
+    ) -> list[Candidate] | None:
+        """The passages with fewer words after a prompt that was too long; None to give up.
+
+        rank_llm's rule: `words -= max(1, overflow // (window * 4))`, but never below one word,
+        where the original goes on for ever. A label of the answer takes about five tokens.
+        """
+        if completion.finish != "too_long" or not self.limits.shrink or not self.limits.context:
+            return None
+        overflow = completion.prompt_tokens + 5 * len(shown) - self.limits.context
+        longest = max(len(c.text.split()) for c in shown)
+        words = longest - max(1, overflow // (len(shown) * 4))
+        if words < 1:
+            return None
+        return [replace(c, text=" ".join(c.text.split()[:words])) for c in shown]
 
     def labels(self, count: int) -> tuple[str, ...]:
         return tuple(fill(self.label, _numbers(n)) for n in range(1, count + 1))

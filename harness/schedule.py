@@ -148,7 +148,8 @@ class _Loop:
             more = f" and {len(self.alive) - 3} more" if len(self.alive) > 3 else ""
             raise EngineError(f"{error} (in flight: query {names}{more})") from error
         answered = [(self.numbers.pop(number), completion) for number, completion in done]
-        self.cache.put_many(answered)
+        # What did not fit one engine's context may fit another's.
+        self.cache.put_many([(k, c) for k, c in answered if c.finish != "too_long"])
         for key, completion in answered:
             for i, ask in enumerate(self.waiting.pop(key)):
                 self._deliver(ask, completion, from_cache=i > 0)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.prompts import Limits, Prompt, Turn
-from harness.types import DatasetSpec, ModelSpec, RegistryError
+from harness.types import DatasetSpec, MissingResourceError, ModelSpec, RegistryError
 
 T = TypeVar("T")
 
@@ -62,15 +62,17 @@ class Registry:
         out: dict[str, ModelSpec] = {}
         for path in self._files("models"):
             tables = read_toml(path)
-            shared = tables.pop("defaults", {})
-            for name, table in tables.items():
-                variants = table.pop("variants", {})
+            shared = _table(tables.pop("defaults", {}), f"{path}: [defaults]")
+            for name, value in tables.items():
+                table = _table(value, f"{path}: [{name}]")
+                variants = _table(table.pop("variants", {}), f"{path}: [{name}.variants]")
                 whole = merge(shared, table)
                 out[name] = build(ModelSpec, {"name": name} | whole, f"{path}: [{name}]")
                 for variant, changes in variants.items():
                     full = f"{name}@{variant}"
                     where = f"{path}: [{name}.variants.{variant}]"
-                    out[full] = build(ModelSpec, {"name": full} | merge(whole, changes), where)
+                    whole_variant = {"name": full} | merge(whole, _table(changes, where))
+                    out[full] = build(ModelSpec, whole_variant, where)
         return out
 
     @cached_property
@@ -86,11 +88,11 @@ class Registry:
         out: dict[str, DatasetSpec] = {}
         for path in self._files("datasets"):
             tables = read_toml(path)
-            shared = tables.pop("defaults", {})
-            for name, table in tables.items():
-                out[name] = build(
-                    DatasetSpec, {"name": name} | merge(shared, table), f"{path}: [{name}]"
-                )
+            shared = _table(tables.pop("defaults", {}), f"{path}: [defaults]")
+            for name, value in tables.items():
+                where = f"{path}: [{name}]"
+                table = merge(shared, _table(value, where))
+                out[name] = build(DatasetSpec, {"name": name} | table, where)
         for folder in self._folders("datasets"):
             for path in sorted(folder.glob("*/dataset.toml")):
                 spec = folder_dataset(path.parent)
@@ -147,8 +149,16 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Parse one file; a syntax error names file and line."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MissingResourceError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RegistryError(str(error), where=str(path)) from error
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RegistryError(f"expected a table, got {value!r}", where=where)
+    return value
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,9 +175,11 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     from pydantic import TypeAdapter, ValidationError
 
     check_keys(table, [f.name for f in dataclasses.fields(cls)], where)  # type: ignore[arg-type]
-    for turn in table.get("messages", ()):
-        check_keys(turn, [f.name for f in dataclasses.fields(Turn)], f"{where}.messages")
-    if "limits" in table:
+    turns = table.get("messages", ())
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, dict):  # any other type is the validator's to refuse
+            check_keys(turn, [f.name for f in dataclasses.fields(Turn)], f"{where}.messages")
+    if isinstance(table.get("limits"), dict):
         check_keys(table["limits"], [f.name for f in dataclasses.fields(Limits)], f"{where}.limits")
     try:
         return TypeAdapter(cls).validate_python(table)
@@ -221,7 +233,8 @@ def override(spec: ModelSpec, assignments: Iterable[str]) -> ModelSpec:
             key = name if group == "options" else f"{group}.{name}"
         elif key.strip() in ("adapter_mode", "dtype", "prompt", "raw_special_tokens"):
             key = key.strip()
-            changes = {key: toml_value(raw)}
+            hint = typing.get_type_hints(ModelSpec)[key]
+            changes = {key: _typed(hint, key, toml_value(raw), f"model {spec.name}")}
             spec = replace(spec, **changes)
         else:
             key = option_name(key)
@@ -248,8 +261,6 @@ def bind(function: Callable[..., Any], options: Mapping[str, Any], where: str) -
 
     The parameters' annotations are the schema, bounds included (`Annotated[int, Ge(1)]`).
     """
-    from pydantic import TypeAdapter, ValidationError
-
     hints = typing.get_type_hints(function, include_extras=True)
     schema = {
         p.name: p
@@ -258,13 +269,18 @@ def bind(function: Callable[..., Any], options: Mapping[str, Any], where: str) -
     }
     check_keys(options, schema, where)
     bound = {name: p.default for name, p in schema.items()}
-    for name, value in options.items():
-        try:
-            bound[name] = TypeAdapter(hints[name]).validate_python(value, strict=True)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise RegistryError(f"option {name}={value!r}: {reason}", where=where) from error
-    return bound
+    return bound | {name: _typed(hints[name], name, v, where) for name, v in options.items()}
+
+
+def _typed(hint: Any, name: str, value: Any, where: str) -> Any:
+    """The value, if it is of the annotated type and within its bounds."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(hint).validate_python(value, strict=True)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise RegistryError(f"option {name}={value!r}: {reason}", where=where) from error
 
 
 def limits_for(spec: ModelSpec, prompt: Prompt) -> Limits:

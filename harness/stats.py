@@ -157,18 +157,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def minimal_detectable(sd: float, n: int, alpha: float = 0.05, power: float = 0.8) -> float:
     """Smallest mean difference that a two-sided paired t test over n queries finds.
 
-    sd is that of the per-query differences; the answer is in its units, nan for n < 2.
+    sd is that of the per-query differences; the answer is in its units, nan for n < 2. From the
+    central t distribution, which is within 1 % of the non-central one from 20 queries on.
     """
-    from scipy.optimize import brentq
-    from scipy.stats import nct, t
+    from scipy.stats import t
 
     if n < 2:
         return float("nan")
-    edge = t.ppf(1 - alpha / 2, n - 1)
-
-    def missing(shift: float) -> float:
-        found = nct.sf(edge, n - 1, shift) + nct.cdf(-edge, n - 1, shift)
-        return float(found - power)
-
-    shift = float(brentq(missing, 1e-6, edge + 30))
-    return shift * sd / math.sqrt(n)
+    needed = t.ppf(1 - alpha / 2, n - 1) + t.ppf(power, n - 1)
+    return float(needed) * sd / math.sqrt(n)

@@ -107,6 +107,7 @@ class Fault(StrEnum):
     OUT_OF_RANGE = "out_of_range"  # a label that was not shown
     REFUSED = "refused"  # the server filtered the answer
     RETRIED = "retried"  # the question was put a second time
+    SHORTENED = "shortened"  # the prompt did not fit and was asked again with fewer words
     TOO_LONG = "too_long"  # the prompt did not fit the model's context
 
 

@@ -626,8 +626,8 @@ def test_a_letter_is_the_one_token_after_the_prefill(name: str) -> None:
     prompt = prompt_of(name)
     request = prompt.render(Query("q1", "QUERY"), passages("DOC_A", "DOC_B"))
     assert (request.prefill, request.max_tokens, request.labels) == (" Passage:", 1, ())
-    assert prompt.parse(Completion(text=" B", finish="length"), 2).order == (1,)
-    assert prompt.parse(Completion(text=" C", finish="length"), 2).order == ()
+    assert prompt.parse(Completion(text=" Passage: B", finish="length"), 2).order == (1,)
+    assert prompt.parse(Completion(text=" Passage: C", finish="length"), 2).order == ()
 
 
 @pytest.mark.parametrize(

@@ -366,3 +366,43 @@ def test_scores_strictly_decrease() -> None:
 def test_an_order_that_is_no_permutation_is_an_exception() -> None:
     with pytest.raises(ValueError, match="not a permutation"):
         make_query(3).ranking([0, 0, 1])
+
+
+def test_a_window_that_does_not_fit_is_asked_again_with_fewer_words_and_counted() -> None:
+    limits = Limits(unit="words", passage=300, max_tokens=9, context=100, shrink=True)
+    prompt = Prompt("p", "test", "permutation", (Turn("user", "{docs}"),), limits=limits)
+    long = tuple(Candidate(f"d{i}", "word " * 50) for i in range(2))
+    flow = listwise.sliding_window(Query("q", "text", long), prompt)
+    requests, asked = next(flow), []
+    while True:
+        words = len(requests[0].messages[0].content.split())
+        asked.append(words)
+        fits = words + 10 <= 100
+        answer = (
+            Completion(text="[2] > [1]")
+            if fits
+            else Completion(finish="too_long", prompt_tokens=words)
+        )
+        try:
+            requests = flow.send([answer])
+        except StopIteration as stop:
+            ranking = stop.value
+            break
+    assert asked == sorted(asked, reverse=True)
+    assert len(asked) > 2
+    assert ranking.docids == ("d1", "d0")
+    assert [p.faults for p in ranking.parsed[:-1]] == [(Fault.SHORTENED,)] * (len(asked) - 1)
+
+
+def test_shortening_ends_when_even_one_word_does_not_fit() -> None:
+    limits = Limits(unit="words", passage=300, max_tokens=9, context=5, shrink=True)
+    prompt = Prompt("p", "test", "permutation", (Turn("user", "{docs}"),), limits=limits)
+    flow = listwise.sliding_window(
+        Query("q", "t", (Candidate("a", "x y"), Candidate("b", "z"))), prompt
+    )
+    next(flow)
+    with pytest.raises(StopIteration) as stop:
+        for _ in range(100):
+            flow.send([Completion(finish="too_long", prompt_tokens=99)])
+    assert stop.value.value.docids == ("a", "b")
+    assert stop.value.value.parsed[-1].faults == (Fault.TOO_LONG,)

@@ -55,6 +55,9 @@ def load(
     first_stage is a name the source knows (`bm25s`) or the path of a TREC run file.
     Raises DataError or MissingResourceError; never drops anything without a warning count.
     """
+    for what, number in (("depth", depth), ("limit", limit)):
+        if number is not None and number < 1:
+            raise DataError(f"expected a {what} of at least 1, got {number}", path=spec.location)
     raw = SOURCES[spec.source](spec, first_stage)
     warnings: Counter[str] = Counter()
     real = {
@@ -128,9 +131,6 @@ def _requests(spec: DatasetSpec, first_stage: str | None) -> _Raw:
     if not spec.qrels:
         raise DataError("a request file needs judgements: add --qrels FILE", path=spec.location)
     topics = formats.read_requests(Path(spec.location))
-    seen = Counter(t.qid for t in topics)
-    if twice := [qid for qid, n in seen.items() if n > 1]:
-        raise DataError(f"query {twice[0]!r} appears twice", path=spec.location)
     return _Raw(
         {t.qid: t.text for t in topics},
         {t.qid: t.candidates for t in topics},
@@ -140,35 +140,42 @@ def _requests(spec: DatasetSpec, first_stage: str | None) -> _Raw:
 
 
 def _folder(spec: DatasetSpec, first_stage: str | None) -> _Raw:
-    """A local folder: queries, corpus, qrels, and run.trec or BM25 built on the spot."""
+    """A local folder: queries, corpus, qrels, and run.trec or BM25 built on the spot.
+
+    With a run the corpus may be absent: the candidates then have no texts to show a model.
+    """
     folder = Path(spec.location)
     topics = formats.read_queries(_one_of(folder, "queries.tsv", "queries.jsonl"))
     qrels_path = Path(spec.qrels) if spec.qrels else _one_of(folder, "qrels.txt", "qrels/test.tsv")
     qrels = formats.read_qrels(qrels_path)
-    corpus = _one_of(folder, "corpus.jsonl")
     run_path = _run_path(folder, first_stage)
     if run_path is None:
-        return _Raw(topics, _bm25s(topics, corpus), qrels, "bm25s")
-    run = formats.read_run(run_path)
-    return _Raw(topics, _with_texts(run, corpus, run_path), qrels, _stage_name(run_path))
+        return _Raw(topics, _bm25s(topics, _one_of(folder, "corpus.jsonl")), qrels, "bm25s")
+    run, corpus = formats.read_run(run_path), _found(folder, "corpus.jsonl")
+    candidates = _with_texts(run, corpus, run_path) if corpus else run
+    return _Raw(topics, candidates, qrels, _stage_name(run_path))
 
 
 def _one_of(folder: Path, *names: str) -> Path:
-    for name in names:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-    raise MissingResourceError(f"{folder}: expected {' or '.join(names)}")
+    path = _found(folder, *names)
+    if path is None:
+        raise MissingResourceError(f"{folder}: expected {' or '.join(names)}")
+    return path
+
+
+def _found(folder: Path, *names: str) -> Path | None:
+    paths = (folder / f"{name}{end}" for name in names for end in ("", ".gz"))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _run_path(folder: Path, first_stage: str | None) -> Path | None:
     """The run file to read, or None for BM25 on the spot."""
-    if first_stage in (None, "run", "bm25s"):
-        local = folder / "run.trec"
-        return local if local.is_file() and first_stage != "bm25s" else None
-    for path in (Path(str(first_stage)), folder / str(first_stage), folder / f"{first_stage}.trec"):
-        if path.is_file():
-            return path
+    if first_stage is None or first_stage == "bm25s":
+        return _found(folder, "run.trec") if first_stage is None else None
+    path = Path(first_stage).expanduser()
+    local = path if path.is_file() else _found(folder, first_stage, f"{first_stage}.trec")
+    if local is not None:
+        return local
     raise MissingResourceError(f"first stage {first_stage!r}: neither `bm25s` nor a run file")
 
 
@@ -217,8 +224,8 @@ def _bm25s(topics: Mapping[str, str], corpus: Path, most: int = 1000) -> dict[st
     found: dict[str, Candidate] = {}
     for number, doc in formats.read_corpus(corpus):
         _keep(found, doc, corpus, number)
-    if not found:
-        raise DataError("has no documents", path=corpus)
+    if not any(f"{d.title} {d.text}".strip() for d in found.values()):
+        raise DataError("holds no document with a text", path=corpus)
     documents = list(found.values())
     model = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
     texts = [f"{d.title} {d.text}".strip() for d in documents]
@@ -240,8 +247,8 @@ def _irds(spec: DatasetSpec, first_stage: str | None) -> _Raw:
     path = Path(str(first_stage))
     if first_stage is None or not path.is_file():
         raise MissingResourceError(
-            f"{spec.name}: the first stage {first_stage or spec.first_stage!r} is not prepared here;"
-            " give a TREC run file with --first-stage FILE, or a request file as the dataset"
+            f"{spec.name}: the first stage {first_stage or spec.first_stage!r} is not prepared"
+            " here; give a TREC run file with --first-stage FILE, or a request file as the dataset"
         )
     run = formats.read_run(path)
     dataset = ir_datasets.load(spec.irds)

@@ -72,15 +72,17 @@ class FakeEngine:
 
     def answer(self, request: Request) -> Completion:
         """What the scripted model says; its token counts and times depend on the request alone."""
-        grades = [self._graded(request, docid) for docid in request.shown]
+        grades = [self._graded(request, docid) for docid in request.shown or ("nothing shown",)]
         prompt = " ".join(m.content for m in request.messages) + (request.text or "")
         scores: tuple[float, ...] = ()
         if request.continuation is not None:
             scores = (grades[0] - 2.0,) * len(request.continuation.split())
         elif request.labels:
-            pointwise = len(request.shown) == 1
+            pointwise = len(grades) == 1
             scores = (grades[0], 1 - grades[0]) if pointwise else tuple(g - 2.0 for g in grades)
-        text = self._text(prompt, grades) if request.max_tokens or request.exact_length_of else ""
+        said = self._text(prompt, grades) if request.max_tokens or request.exact_length_of else ""
+        # An answer holds its prefill; the scripted ones that name a passage begin with theirs.
+        text = said.replace("Passage", "Passage:") if request.prefill == " Passage:" else said
         cut = self.mode == "cut-off" and bool(text)
         return Completion(
             text=text[: len(text) // 3] if cut else text,

@@ -8,14 +8,16 @@ table is decided in tables, what a figure looks like in plots.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from harness.report import plots, tables
 from harness.report.plots import write_file
 from harness.report.tables import Table
-from harness.types import CellResult, RegistryError
+from harness.types import CellResult, DataError, RegistryError
 
 FORMATS = ("md", "csv", "tex", "html", "json", "all")
 DRAWN = {"md", "tex", "html"}  # formats whose reader wants the figures too
@@ -62,8 +64,7 @@ def write(
     if "html" in wanted:
         from harness.report import page
 
-        more = {"texts": texts, "with_text": with_text, "allow_fake": _fakes}
-        paths += page.render(placed, out, **more)
+        paths += page.render(placed, out, texts=texts, with_text=with_text, allow_fake=_fakes)
     return paths
 
 
@@ -97,7 +98,8 @@ def _plots(cells: Sequence[CellResult], out: Path, fakes: bool) -> list[Path]:
     ]
     paths += plots.gain_heatmap(cells, out, _fakes=fakes)
     for best, first in _pairs(cells, fakes):
-        paths += plots.per_query_bars(best, first, out, _fakes=fakes)
+        with contextlib.suppress(DataError):  # other queries: the table's notes say so
+            paths += plots.per_query_bars(best, first, out, _fakes=fakes)
     return paths
 
 
@@ -122,7 +124,7 @@ def _index(
     """The tables and figures one below the other, for a reader on the web."""
     parts = ["# Results", "Generated from finished cells; edits are lost with the next report."]
     for table in made.values():
-        parts += [f"## {table.title}", tables.to_markdown(table).strip()]
+        parts += [f"## {table.title}", tables.to_markdown(replace(table, title="")).strip()]
     figures = [path for path in drawn if path.suffix == ".png"]
     parts += ["## Figures"] * bool(figures)
     parts += [f"![{_caption(path.stem)}](plots/{path.name})" for path in figures]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -46,9 +47,8 @@ def render(
     and cells without measures are left out.
     """
     shown = [c for c in cells if c.record.get("measures") and (allow_fake or not _fake(c))]
-    latest = {
-        shards.place(c): c for c in sorted(shown, key=lambda c: str(c.record.get("finished")))
-    }
+    by_time = sorted(shown, key=lambda c: str(c.record.get("finished")))
+    latest = {shards.place(c): c for c in by_time}
     ordered = [latest[place] for place in sorted(latest)]
     written = shards.write_all(ordered, out / "data", texts or {}, with_text)
     return [*written, shards.write(out / "index.html", _html(_board(ordered, texts or {})))]
@@ -64,11 +64,10 @@ def _fake(cell: CellResult) -> bool:
 
 def _board(cells: Sequence[CellResult], texts: Texts) -> Board:
     """Columns (groups), rows and cells as plain values, the rows in the order of the table."""
-    groups = sorted({shards.group(c) for c in cells})
+    groups = _columns(cells)
     entries = [_entry(c, groups.index(shards.group(c))) for c in cells]
-    heads = [
-        _head(n, [c for c in cells if shards.group(c) == g], texts) for n, g in enumerate(groups)
-    ]
+    inside = [[c for c in cells if shards.group(c) == group] for group in groups]
+    heads = [_head(n, some, texts) for n, some in enumerate(inside)]
     rows = {(c.model, shards.kind(c)): _row(c) for c in cells}
     for cell, entry in zip(cells, entries, strict=True):
         rows[cell.model, shards.kind(cell)]["cells"][entry["group"]] = entry
@@ -91,6 +90,12 @@ def _board(cells: Sequence[CellResult], texts: Texts) -> Board:
     }
 
 
+def _columns(cells: Sequence[CellResult]) -> list[tuple[str, ...]]:
+    """The first stage and depth with the most cells come first, with all their datasets."""
+    stages = Counter(shards.group(c)[:2] for c in cells)
+    return sorted({shards.group(c) for c in cells}, key=lambda g: (-stages[g[0], g[1]], g))
+
+
 def _rank(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Best first in the first column that has the model."""
     place = min(row["cells"])
@@ -104,7 +109,7 @@ def _head(number: int, cells: Sequence[CellResult], texts: Texts) -> Board:
         "number": number,
         "dataset": cells[0].dataset,
         "short": _short(cells[0]),
-        "first_stage": cells[0].first_stage,
+        "first_stage": cells[0].first_stage.removesuffix(f"+depth={record['depth']}"),
         "sha256": str(record["first_stage"].get("sha256") or ""),
         "depth": record["depth"],
         "queries": record["queries"],
@@ -118,7 +123,9 @@ def _head(number: int, cells: Sequence[CellResult], texts: Texts) -> Board:
 def _short(cell: CellResult) -> str:
     """The papers' column head, unless the label says more than the dataset's plain name."""
     dataset = cell.record["dataset"]
-    return str((dataset.get("short") if dataset.get("name") == cell.dataset else "") or cell.dataset)
+    return str(
+        (dataset.get("short") if dataset.get("name") == cell.dataset else "") or cell.dataset
+    )
 
 
 def _stages(heads: Sequence[Board]) -> list[Board]:
@@ -169,6 +176,8 @@ def _entry(cell: CellResult, group: int) -> Board:
         "faults": 100 * sum(counts.values()) / calls if calls else None,
         "in_domain": bool(record["dataset"].get("in_domain")),
         "state": str(record.get("state", "complete")),
+        "mark": 0,
+        "whisker": None,
         "queries": record["queries"],
     }
 
@@ -179,8 +188,7 @@ def _per(total: float | None, queries: int) -> float | None:
 
 def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     found = bootstrap_interval(values)
-    known = math.isfinite(found.low) and math.isfinite(found.high)
-    return (found.low, found.high) if known else (None, None)
+    return (None, None) if math.isnan(found.low + found.high) else (found.low, found.high)
 
 
 def _mark(group: int, rows: Sequence[Board], head: Board) -> None:
@@ -203,16 +211,13 @@ def _along(scale: Sequence[float], value: float) -> float:
     return round(100 * (value - scale[0]) / (scale[1] - scale[0]), 1)
 
 
-# --- bytes ------------------------------------------------------------------------------------
-
-
 def _html(board: Board) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     page = Environment(
         loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     page.filters["number"] = _number
     code = (ASSETS / "board.js").read_text(encoding="utf-8")
@@ -239,4 +244,5 @@ def _number(value: float | None) -> str:
     """Three leading digits or so; a dash where there is nothing to know."""
     if value is None:
         return "–"
-    return f"{value:,.0f}" if value >= 100 or value == 0 else f"{value:.{1 if value >= 10 else 2}f}"
+    digits = 0 if value >= 100 or value == 0 else 1 if value >= 10 else 2
+    return f"{value:,.{digits}f}"

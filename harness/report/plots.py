@@ -11,11 +11,13 @@ import math
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from textwrap import fill
+from typing import Any, Literal, NamedTuple
 
 from harness.report.tables import (
     MEASURE,
@@ -26,6 +28,7 @@ from harness.report.tables import (
     gain,
     is_latency,
     is_sanity,
+    plain,
     rounded,
     short,
     shown,
@@ -71,7 +74,8 @@ def _figure(width: float, height: float) -> Iterator[Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in another script is still right in SVG
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
@@ -123,7 +127,8 @@ def quality_against(
 ) -> list[Path]:
     """nDCG@10 against a cost, one panel for dataset and first stage, into the folder `out`.
 
-    The line is the Pareto front, bars are 95 % bootstrap intervals of the mean over queries.
+    The line is the Pareto front, bars are 95 % bootstrap intervals of the mean over queries. A
+    panel in which every model costs 0 is left out.
     """
     panels = _panels(cells, x, _fakes)
     if not panels:
@@ -171,7 +176,7 @@ def _panels(cells: Sequence[CellResult], x: str, fakes: bool) -> list[_Panel]:
         )
         for title, group in groups.items()
     ]
-    return [panel for panel in panels if panel.points]
+    return [panel for panel in panels if any(p.x for p in panel.points)]
 
 
 def _points(cells: Sequence[CellResult], x: str, looks: dict[str, int]) -> Iterator[_Point]:
@@ -179,13 +184,15 @@ def _points(cells: Sequence[CellResult], x: str, looks: dict[str, int]) -> Itera
         place = cost(cell, x)
         if is_sanity(cell) or place is None:
             continue
-        interval = bootstrap_interval([100 * float(row[MEASURE]) for row in cell.per_query])
+        interval = bootstrap_interval(
+            [100 * v for row in cell.per_query if (v := row.get(MEASURE)) is not None]
+        )
         mean = 100 * cell.measures[MEASURE]
         yield _Point(cell.model, place, mean, interval.low, interval.high, looks[cell.model])
 
 
 def _draw(axes: Any, panel: _Panel, name: str) -> None:
-    axes.set(title=panel.title, xlabel=name)
+    axes.set(title=fill(plain(panel.title), 45), xlabel=name)
     _scale(axes, panel)
     front = panel.front
     right, top = axes.get_xlim()[1], front[-1].y
@@ -207,29 +214,53 @@ def _scale(axes: Any, panel: _Panel) -> None:
     axes.set_ylim(min(ys) - pad, max(ys) + pad)
     if min(xs) > 0 and max(xs) >= 10 * min(xs):
         axes.set_xscale("log")
-        axes.set_xlim(min(xs) / 1.6, max(xs) * 2.2)
+        decades = max(xs) / min(xs)
+        axes.set_xlim(min(xs) / decades**0.08, max(xs) * decades**0.22)
         axes.xaxis.set_major_formatter(lambda v, _: f"{v:,.10g}")
         axes.xaxis.set_minor_formatter(lambda v, _: "")
     else:
         pad = 0.12 * (max(xs) - min(xs)) or max(0.1 * max(xs), 0.5)
-        axes.set_xlim(min(xs) - pad, max(xs) + 2 * pad)
+        axes.set_xlim(min(xs) - pad, max(xs) + 3 * pad)  # the baselines are named at the right
+        axes.xaxis.set_major_formatter(lambda v, _: f"{v:,.6g}" if v >= 0 else "")
 
 
-@dataclass(frozen=True, slots=True)
-class _Obstacle:
-    """A box in pixels and what a pixel of it costs a name that stands there."""
+class _Box(NamedTuple):
+    """A rectangle in pixels."""
 
-    box: Any
-    weight: float = 1.0
+    left: float
+    low: float
+    right: float
+    high: float
+
+    def shared(self, other: _Box) -> float:
+        """Area in both boxes."""
+        width = min(self.right, other.right) - max(self.left, other.left)
+        height = min(self.high, other.high) - max(self.low, other.low)
+        return width * height if width > 0 and height > 0 else 0.0
+
+    def nearest(self, x: float, y: float) -> tuple[float, float]:
+        """The box's point that is nearest to (x, y)."""
+        return min(max(x, self.left), self.right), min(max(y, self.low), self.high)
+
+
+Obstacles = list[tuple[float, _Box]]  # what a pixel of it costs a name that stands there
 
 
 def _label(axes: Any, panel: _Panel) -> None:
     """Name every point and line where no other name, point or line stands."""
-    taken = [obstacle for p in panel.points for obstacle in _marker(axes, p)]
-    taken += [_reference(axes, name, y) for name, y in panel.references]
-    taken += [_across(axes, y) for _, y in panel.references]
+    frame = _Box(*axes.get_window_extent().extents)
+    taken: Obstacles = []
+    for p in panel.points:
+        x, y = _pixels(axes, p.x, p.y)
+        low, high = (_pixels(axes, p.x, v)[1] if v == v else y for v in (p.low, p.high))
+        taken += [(10, _Box(x - 5, y - 5, x + 5, y + 5)), (3, _Box(x - 1.5, low, x + 1.5, high))]
+    for name, value in panel.references:
+        y = _pixels(axes, panel.points[0].x, value)[1]
+        taken.append((2, _Box(frame.left, y - 1.5, frame.right, y + 1.5)))
+        taken.append((10, _reference(axes, name, value)))
+    taken += _steps(axes, panel.front, frame)
     for p in sorted(panel.points, key=lambda p: -p.y):
-        taken.append(_name(axes, p, taken))
+        taken.append((10, _name(axes, p, taken, frame)))
 
 
 def _pixels(axes: Any, x: float, y: float) -> tuple[float, float]:
@@ -237,27 +268,19 @@ def _pixels(axes: Any, x: float, y: float) -> tuple[float, float]:
     return float(right), float(up)
 
 
-def _marker(axes: Any, p: _Point) -> tuple[_Obstacle, _Obstacle]:
-    """The places of a marker and of its error bar."""
-    from matplotlib.transforms import Bbox
-
-    x, y = _pixels(axes, p.x, p.y)
-    low, high = (_pixels(axes, p.x, v)[1] if v == v else y for v in (p.low, p.high))
-    marker = Bbox.from_extents(x - 5, y - 5, x + 5, y + 5)
-    return _Obstacle(marker, 10), _Obstacle(Bbox.from_extents(x - 1.5, low, x + 1.5, high))
-
-
-def _across(axes: Any, y: float) -> _Obstacle:
-    from matplotlib.transforms import Bbox
-
-    frame, height = axes.get_window_extent(), _pixels(axes, 1, y)[1]
-    return _Obstacle(Bbox.from_extents(frame.x0, height - 1.5, frame.x1, height + 1.5))
+def _steps(axes: Any, front: Sequence[_Point], frame: _Box) -> Obstacles:
+    """The level and the upright parts of the front's line."""
+    corners = [_pixels(axes, p.x, p.y) for p in front]
+    follow = [*corners[1:], (frame.right, corners[-1][1])]
+    pairs = list(zip(corners, follow, strict=True))
+    level = [(1.0, _Box(x, y - 1.5, end, y + 1.5)) for (x, y), (end, _) in pairs]
+    return level + [(1.0, _Box(x - 1.5, low, x + 1.5, y)) for (_, low), (x, y) in pairs]
 
 
-def _reference(axes: Any, name: str, y: float) -> _Obstacle:
+def _reference(axes: Any, name: str, y: float) -> _Box:
     """A dashed line, or an arrow at the edge when the baseline lies outside the panel."""
     low, high = axes.get_ylim()
-    text, height, side = f"{name} {rounded(y, 1)}", y, "bottom"
+    text, height, side = f"{plain(name)} {rounded(y, 1)}", y, "bottom"
     if low <= y <= high:
         axes.axhline(y, color=GREY, lw=0.8, ls=(0, (4, 3)), zorder=0)
     else:
@@ -265,36 +288,30 @@ def _reference(axes: Any, name: str, y: float) -> _Obstacle:
         height, side = (high, "top") if y > high else (low, "bottom")
     where = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": side}
     drawn = axes.text(0.995, height, text, color="#555555", size=7, **where)
-    return _Obstacle(drawn.get_window_extent(), 10)
+    return _Box(*drawn.get_window_extent().extents)
 
 
-def _name(axes: Any, p: _Point, taken: Sequence[_Obstacle]) -> _Obstacle:
+def _name(axes: Any, p: _Point, taken: Obstacles, frame: _Box) -> _Box:
     """Put the model's name at the best place near its point; far away with a thin line to it."""
-    from matplotlib.transforms import Bbox
+    from matplotlib.colors import to_rgb
 
     x, y = _pixels(axes, p.x, p.y)
-    text = axes.text(0, 0, p.model, size=7, color="#222222", zorder=4)
-    size, frame = text.get_window_extent(), axes.get_window_extent()
+    dark = [0.65 * part for part in to_rgb(COLOURS[p.look % len(COLOURS)])]
+    text = axes.text(0, 0, plain(p.model), size=7, color=dark, zorder=4)
+    size = text.get_window_extent()
 
-    def near(box: Any) -> tuple[float, float]:
-        return min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
+    def price(box: _Box) -> float:
+        outside = float(size.width * size.height) - box.shared(frame)
+        covered = sum(weight * box.shared(other) for weight, other in taken)
+        return covered + 100 * outside + math.dist(box.nearest(x, y), (x, y))
 
-    def price(box: Any) -> float:
-        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0
-        hits = ((o.weight, Bbox.intersection(box, o.box)) for o in taken)
-        covered = sum(w * hit.width * hit.height for w, hit in hits if hit is not None)
-        off = math.dist(near(box), (x, y))
-        return covered + off + 1e6 * (not (inside and box.y1 <= frame.y1))
-
-    places = _places(size.width, size.height)
-    box = min(
-        (Bbox.from_bounds(x + dx, y + dy, size.width, size.height) for dx, dy in places), key=price
-    )
-    back = axes.transData.inverted()
-    text.set_position(back.transform((box.x0, box.y0)))
-    if math.dist(near(box), (x, y)) > 14:
-        axes.plot(*back.transform([(x, y), near(box)]).T, color="#999999", lw=0.5, zorder=1)
-    return _Obstacle(box, 10)
+    places = ((x + dx, y + dy) for dx, dy in _places(size.width, size.height))
+    box = min((_Box(u, v, u + size.width, v + size.height) for u, v in places), key=price)
+    back, near = axes.transData.inverted(), box.nearest(x, y)
+    text.set_position(back.transform(box[:2]))
+    if math.dist(near, (x, y)) > 14:
+        axes.plot(*back.transform([(x, y), near]).T, color="#999999", lw=0.5, zorder=1)
+    return box
 
 
 def _places(width: float, height: float) -> Iterator[tuple[float, float]]:
@@ -322,35 +339,39 @@ def gain_heatmap(cells: Sequence[CellResult], out: Path, *, _fakes: bool = False
     heads = {cell.dataset: short(cell) for cell in used}
     columns = [name for name in heads if any(key[2] == name for key in gains)]
     rows = sorted(dict.fromkeys(key[:2] for key in gains), key=lambda row: row[0])
-    size = (2.2 + 0.62 * len(columns) + 0.8, 1.0 + 0.27 * len(rows))
-    with _figure(max(3.6, size[0]), max(1.7, size[1])) as figure:
+    several = len({block for block, _ in rows}) > 1
+    names = [plain(f"{model} ({block})" if several else model) for block, model in rows]
+    width = 0.068 * max(map(len, names)) + max(2.6, 0.62 * len(columns)) + 0.8
+    height = 0.045 * max(len(heads[column]) for column in columns) + 0.27 * len(rows)
+    with _figure(width, 0.9 + height) as figure:
         values = [[gains.get((*row, column)) for column in columns] for row in rows]
-        _heat(figure, values, rows, [heads[column] for column in columns])
+        _heat(figure, values, names, [plain(heads[column]) for column in columns])
+        where = "" if several else f" ({rows[0][0]})"
+        figure.axes[0].set_xlabel(
+            plain(f"gain over the first stage{where},") + f"\n{MEASURE} x 100"
+        )
         head: Sequence[Any] = ("first_stage", "model", *columns)
         table = [head, *((*row, *line) for row, line in zip(rows, values))]
         return _save(figure, out / "gain_over_first_stage", table)
 
 
-def _heat(figure: Any, values: Any, rows: Sequence[tuple[str, str]], heads: Sequence[str]) -> None:
+def _heat(figure: Any, values: Any, names: Sequence[str], heads: Sequence[str]) -> None:
+    """Coloured cells with their numbers printed, white where there is no gain."""
     import numpy as np
 
     data = np.array(values, dtype=float)
     limit = max(1.0, float(np.nanmax(np.abs(data))))
     axes = figure.subplots()
     image = axes.imshow(data, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-    blocks = len({block for block, _ in rows}) > 1
-    names = [f"{model} ({block})" if blocks else model for block, model in rows]
-    axes.set_yticks(range(len(rows)), names)
+    axes.set_yticks(range(len(names)), names)
     axes.set_xticks(range(len(heads)), heads, rotation=35, ha="left", rotation_mode="anchor")
     axes.tick_params(top=True, bottom=False, labeltop=True, labelbottom=False, length=0)
     axes.spines[:].set_visible(False)
     for (i, j), number in np.ndenumerate(data):
         known = number == number
-        colour = "white" if known and abs(number) > 0.55 * limit else "#222222"
+        colour = "white" if known and abs(number) > 0.6 * limit else "#222222"
         text = rounded(float(number), 1, signed=True).replace("-", "−") if known else "—"
         axes.text(j, i, text, ha="center", va="center", color=colour, size=7)
-    where = "" if blocks else f" ({rows[0][0]})"
-    axes.set_xlabel(f"gain over the first stage{where},\n{MEASURE} x 100")
     figure.colorbar(image, ax=axes, pad=0.02)
 
 
@@ -372,7 +393,7 @@ def per_query_bars(a: CellResult, b: CellResult, out: Path, *, _fakes: bool = Fa
         axes.axhline(result.difference, color=GREY, lw=0.9, ls=(0, (4, 3)))
         axes.axhspan(result.low, result.high, color=GREY, alpha=0.2, lw=0, zorder=0)
         axes.set(
-            title=f"{a.model} minus {b.model}, {short(a)} ({block_of(a)})",
+            title=fill(plain(f"{a.model} minus {b.model}, {short(a)} ({block_of(a)})"), 75),
             xlabel="queries, sorted", ylabel=f"difference in {MEASURE}", xlim=(-1, len(bars)),
             xticks=[],
         )  # fmt: skip

@@ -99,19 +99,21 @@ def _dataset(
     have, ranked = texts[label], _candidates(cells)
     allowed = with_text or all(c.record["dataset"].get("show_text") for c in cells)
     passages, parts = have.get("documents", {}) if allowed else {}, _Parts(dataset_name(label))
-    shown = ((q, {d: passages[d] for d in ids if d in passages}) for q, ids in ranked.items())
+    shown = ((q, _only(passages, ids)) for q, ids in ranked.items())
     yield from parts.cut((q, found) for q, found in shown if found)
     grades = have.get("qrels", {})
     yield (
         parts.name,
         {
-            "queries": {q: have["queries"][q] for q in ranked if q in have.get("queries", {})},
-            "grades": {q: {d: grades.get(q, {}).get(d) for d in ids} for q, ids in ranked.items()}
-            if grades
-            else {},
+            "queries": _only(have.get("queries", {}), ranked),
+            "grades": {q: _only(grades[q], ids) for q, ids in ranked.items() if q in grades},
             "parts": parts.where,
         },
     )
+
+
+def _only(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}
 
 
 def _candidates(cells: Sequence[CellResult]) -> dict[str, list[str]]:

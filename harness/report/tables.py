@@ -6,21 +6,23 @@ how a cell was run: it reads records and per-query rows alone.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import html
 import io
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from textwrap import wrap
 from typing import Any, Literal
 
-from harness.stats import align, holm, sign_flip
-from harness.types import CellResult
+from harness.stats import align, holm, minimal_detectable, sign_flip
+from harness.types import CellResult, DataError
 
 SANITY = ("first-stage", "random", "reverse", "oracle")  # ask no model, compete for no mark
 ALPHA = 0.05
@@ -91,15 +93,20 @@ def is_sanity(cell: CellResult) -> bool:
     return cell.record["model"]["method"] in SANITY
 
 
+def part(cell: CellResult, name: str) -> Mapping[str, Any]:
+    """A section of the record; empty where a failed or imported cell has none."""
+    return cell.record.get(name) or {}
+
+
 def is_fake(cell: CellResult) -> bool:
     """Did the test engine answer? Such a cell is never a result."""
-    engine = (cell.record.get("environment") or {}).get("engine") or {}
+    engine = part(cell, "environment").get("engine") or {}
     return bool(engine.get("engine") == "fake")
 
 
 def is_latency(cell: CellResult) -> bool:
     """Was it run one query at a time, for its times?"""
-    return bool(cell.record["protocol"]["kind"] == "latency")
+    return bool(part(cell, "protocol").get("kind") == "latency")
 
 
 def first_stage_of(cell: CellResult) -> str:
@@ -137,7 +144,7 @@ def score(cell: CellResult, measure: str = MEASURE) -> float | None:
 
 def cost(cell: CellResult, key: str) -> float | None:
     """An efficiency total divided by the number of queries."""
-    total, queries = cell.record.get("efficiency", {}).get(key), cell.record.get("queries")
+    total, queries = part(cell, "efficiency").get(key), cell.record.get("queries")
     return None if total is None or not queries else total / queries
 
 
@@ -176,8 +183,9 @@ def quality(
     """
     used = shown((cell for cell in cells if not is_latency(cell)), _fakes)
     grid = {(block_of(cell), cell.model, cell.dataset): cell for cell in used}
-    p_values = _p_values(grid, baseline, measure)
-    signs = {key: SIGNIFICANT for key, p in p_values.items() if p < ALPHA}
+    family = _compared(grid, baseline, measure)
+    p_values = holm([sign_flip(*pair) for pair in family.values()])
+    signs = {key: SIGNIFICANT for key, p in zip(family, p_values, strict=True) if p < ALPHA}
     numbers = {
         key: n * scale for key, cell in grid.items() if (n := score(cell, measure)) is not None
     }
@@ -196,18 +204,22 @@ def quality(
         for model in dict.fromkeys(model for other, model, _ in grid if other == block)
     )
     unit = measure + (f" x {scale:g}" if scale != 1 else "")
-    notes = (*_signs(rows), *_missing(used, rows), *_inputs(used), *_left_out(cells, used))
-    caption = _caption(unit, used, baseline if p_values else "", len(p_values))
+    power = _power(family, {column.key: column.head for column in columns}, scale)
+    below = (_signs(rows), _missing(used, rows), _mixed(used), power, _inputs(used))
+    notes = (*chain(*below), *_left_out(cells, used))
+    caption = _caption(unit, used, baseline, len(family))
     return Table("Ranking quality", columns, rows, notes, caption)
 
 
 def _caption(unit: str, cells: Sequence[CellResult], baseline: str, family: int) -> str:
+    if not cells:
+        return "No finished cells."
     depths = sorted({int(cell.record["depth"]) for cell in cells})
     text = (
         f"{unit} after reranking the top {', '.join(map(str, depths))} of each first stage."
         f" Queries: {_queries(cells)}. Best in bold, second best underlined, by block and column."
     )
-    if not baseline:
+    if not family:
         return text
     return (
         f"{text} {SIGNIFICANT}: differs from {baseline} (two-sided paired randomisation test over"
@@ -281,19 +293,50 @@ def _marks(numbers: Mapping[Key, float], grid: Mapping[Key, CellResult]) -> dict
     return marks
 
 
-def _p_values(grid: Mapping[Key, CellResult], baseline: str, measure: str) -> dict[Key, float]:
-    """Holm-adjusted p of every complete cell against the baseline of its block and dataset."""
-    found: dict[Key, float] = {}
+Pair = tuple[list[float], list[float]]  # per-query values of a cell and of its baseline
+
+
+def _compared(grid: Mapping[Key, CellResult], baseline: str, measure: str) -> dict[Key, Pair]:
+    """Every complete cell beside the baseline of its block and dataset: the family tested."""
+    found: dict[Key, Pair] = {}
     for (block, model, dataset), cell in grid.items():
         base = grid.get((block, baseline, dataset))
         if base is None or base is cell or is_sanity(cell):
             continue
-        scored = all(
-            c.record["state"] == "complete" and measure in c.measures for c in (base, cell)
-        )
-        if scored:
-            found[block, model, dataset] = sign_flip(*align(cell, base, measure))
-    return dict(zip(found, holm(list(found.values())), strict=True))
+        if {base.record["state"], cell.record["state"]} == {"complete"}:
+            with contextlib.suppress(DataError):  # other queries: _mixed says so
+                found[block, model, dataset] = align(cell, base, measure)
+    return found
+
+
+def _power(family: Mapping[Key, Pair], heads: Mapping[str, str], scale: float) -> Iterator[str]:
+    """What the tests could have seen, from the median spread of the differences."""
+    spreads: dict[str, list[float]] = {}
+    sizes: dict[str, int] = {}
+    for (_, _, dataset), (ours, theirs) in family.items():
+        if len(ours) > 1:
+            differences = [a - b for a, b in zip(ours, theirs)]
+            spreads.setdefault(dataset, []).append(statistics.stdev(differences))
+            sizes[dataset] = len(ours)
+    if spreads:
+        least = {
+            name: minimal_detectable(statistics.median(sd), sizes[name]) * scale
+            for name, sd in spreads.items()
+        }
+        text = ", ".join(f"{rounded(number, 1)} ({heads[name]})" for name, number in least.items())
+        yield f"Least difference that one test finds with power 0.8: {text}."
+
+
+def _mixed(cells: Sequence[CellResult]) -> Iterator[str]:
+    """Rows that must not be compared although their names agree."""
+    inputs: dict[tuple[str, str], set[Any]] = {}
+    for cell in cells:
+        stage = cell.record["first_stage"].get("sha256"), cell.record.get("queries")
+        if cell.record["state"] == "complete":
+            inputs.setdefault((short(cell), block_of(cell)), set()).add(stage)
+    for (dataset, block), kinds in inputs.items():
+        if len(kinds) > 1:
+            yield f"Not comparable: {dataset} ({block}) has cells over different candidates."
 
 
 def _note(cell: CellResult) -> str:
@@ -338,7 +381,7 @@ def _inputs(cells: Sequence[CellResult]) -> Iterator[str]:
     """What the inputs lost on the way, by model, and what cannot be run again as it was."""
     found: dict[str, dict[str, list[str]]] = {}  # what -> where and how many -> models
     for cell in cells:
-        for name, count in (cell.record.get("inputs") or {}).items():
+        for name, count in part(cell, "inputs").items():
             place = f"{count} on {short(cell)} ({block_of(cell)})"
             found.setdefault(name, {}).setdefault(place, []).append(cell.model)
     for name, places in sorted(found.items()):
@@ -349,9 +392,9 @@ def _inputs(cells: Sequence[CellResult]) -> Iterator[str]:
 
 
 def _is_unpinned(cell: CellResult) -> bool:
-    engine = (cell.record.get("environment") or {}).get("engine") or {}
+    engine = part(cell, "environment").get("engine") or {}
     parts = (engine.get("base"), engine.get("adapter"))
-    return any(isinstance(part, Mapping) and part.get("revision") == "main" for part in parts)
+    return any(isinstance(found, Mapping) and found.get("revision") == "main" for found in parts)
 
 
 def _left_out(cells: Sequence[CellResult], used: Sequence[CellResult]) -> Iterator[str]:
@@ -382,11 +425,15 @@ def efficiency(cells: Sequence[CellResult], *, _fakes: bool = False) -> Table:
 
     fields: list[Field] = [
         *_costs(),
-        (Column("queries_per_second", "queries/s", "", "high"), 3, _queries_per_second),
+        (
+            Column("queries_per_second", "queries/s", "", "high"),
+            3,
+            lambda c: part(c, "efficiency").get("queries_per_second"),
+        ),
         (Column("gain_share", "% of gain", "", "high"), 1, share),
-        (Column("unparsable", "bad form %", "", "low"), 1, partial(_fault, name="unparsable")),
+        (Column("unparsable", "unparsed %", "", "low"), 1, partial(_fault, name="unparsable")),
         (Column("cut_off", "cut off %", "", "low"), 1, partial(_fault, name="cut_off")),
-        (Column("no_op", "no-op %"), 1, lambda c: _percent(c.record["faults"].get("no_op_rate"))),
+        (Column("no_op", "no-op %"), 1, _no_op),
         (Column("kendall_tau", "tau"), 2, lambda c: c.record.get("kendall_tau")),
     ]
     if any(_latency(cell, "median") is not None for cell in used):
@@ -398,7 +445,7 @@ def efficiency(cells: Sequence[CellResult], *, _fakes: bool = False) -> Table:
         "s/q: engine time, a batch's divided among its calls, also of answers from a cache.",
         "queries/s: by the clock, absent as soon as one answer came from a cache.",
         "% of gain: gain over the first stage in nDCG@10, of the gain of a perfect reranking.",
-        "bad form: answers that could not be read. no-op: answers that left the order as it was.",
+        "unparsed: answers that could not be read. no-op: answers that left the order as it was.",
         "tau: Kendall's rank correlation with the first stage.",
         *_left_out(cells, used),
     )
@@ -417,22 +464,18 @@ def _costs() -> list[Field]:
     ]
 
 
-def _queries_per_second(cell: CellResult) -> float | None:
-    found: float | None = cell.record["efficiency"].get("queries_per_second")
-    return found
-
-
 def _fault(cell: CellResult, name: str) -> float | None:
-    faults = cell.record["faults"]
+    faults = part(cell, "faults")
     return 100 * faults.get(name, 0) / faults["calls"] if faults.get("calls") else None
 
 
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
+def _no_op(cell: CellResult) -> float | None:
+    share = part(cell, "faults").get("no_op_rate")
+    return None if share is None else 100 * float(share)
 
 
 def _latency(cell: CellResult, key: str) -> float | None:
-    found = cell.record["efficiency"].get("latency")
+    found = part(cell, "efficiency").get("latency")
     return float(found[key]) if found else None
 
 
@@ -465,8 +508,7 @@ def _change(
 
 
 def _faults(cell: CellResult) -> float | None:
-    faults = cell.record.get("faults")
-    counted = {k: n for k, n in (faults or {}).items() if k not in ("calls", "no_op_rate")}
+    counted = {k: n for k, n in part(cell, "faults").items() if k not in ("calls", "no_op_rate")}
     return float(sum(counted.values())) if counted else None
 
 
@@ -502,29 +544,29 @@ def _spans(table: Table) -> list[tuple[str, int]]:
 
 def to_text(table: Table, width: int = 100) -> str:
     """Plain columns for a terminal; footnote signs hang to the right of the aligned numbers."""
-    left = max(len(_plain(label)) for label in ("model", *("  " + r.label for r in table.rows)))
+    left = max(len(plain(label)) for label in ("model", *("  " + r.label for r in table.rows)))
     columns = [_text_column(table, i) for i in range(len(table.columns))]
     head, *lines = zip(*columns, strict=True) if columns else [()]
     out = ["  ".join(["model".ljust(left), *head]).rstrip()]
     numbers = iter(lines)
     for group, rows in _blocks(table):
-        out.append(_plain(group))
+        out.append(plain(group))
         for row, cells in zip(rows, numbers):
-            out.append("  ".join([("  " + _plain(row.label)).ljust(left), *cells]).rstrip())
+            out.append("  ".join([("  " + plain(row.label)).ljust(left), *cells]).rstrip())
     below = [table.caption] * bool(table.caption) + [f"- {note}" for note in table.notes]
-    return "\n".join([*out, *(line for text in below for line in wrap(_plain(text), width))])
+    return "\n".join([*out, *(line for text in below for line in wrap(plain(text), width))])
 
 
 def _text_column(table: Table, i: int) -> list[str]:
     """Head and values of a column, all of one width, the decimal points below one another."""
     hang = max((len(row.cells[i].note) for row in table.rows), default=0)
     texts = [row.cells[i].text + row.cells[i].note.ljust(hang) for row in table.rows]
-    head = _plain(table.columns[i].head)
+    head = plain(table.columns[i].head)
     width = max(len(text) for text in (head, *texts))
     return [text.rjust(width) for text in (head, *texts)]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """No control characters: a name from a file must not steer the terminal."""
     return "".join(c if c.isprintable() else " " for c in text)
 
@@ -541,12 +583,13 @@ def to_markdown(table: Table) -> str:
         for row in rows:
             cells = [_markdown_value(v) for v in row.cells]
             lines.append("| " + " | ".join([_markdown(row.label), *cells]) + " |")
-    head = [f"**{_markdown(table.title)}.** {_markdown(table.caption)}".strip(), "", *lines]
+    title = f"**{_markdown(table.title)}.** " if table.title else ""
+    head = [(title + _markdown(table.caption)).strip(), "", *lines]
     return "\n".join([*head, "", *(f"- {_markdown(note)}" for note in table.notes)]).strip() + "\n"
 
 
 def _markdown(text: str) -> str:
-    safe = html.escape(_plain(text), quote=False)
+    safe = html.escape(plain(text), quote=False)
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", safe)
 
 
@@ -579,25 +622,25 @@ def to_long_csv(cells: Sequence[CellResult], *, _fakes: bool = False) -> str:
     """One row per finished cell and measure, unrounded; costs are totals of the cell."""
     rows: list[Sequence[Any]] = [LONG]
     for cell in shown(cells, _fakes):
-        record, costs = cell.record, cell.record.get("efficiency", {})
+        record, costs = cell.record, part(cell, "efficiency")
         where = (cell.model, cell.dataset, first_stage_of(cell), record["depth"])
         end = (record.get("queries"), record["key"], *(costs.get(key) for key in LONG[-4:]))
         for name, number in cell.measures.items():
-            rows.append((*where, record["protocol"]["kind"], name, repr(number), *end))
+            rows.append((*where, part(cell, "protocol").get("kind"), name, repr(number), *end))
     return csv_text(rows)
 
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
     ABSENT: "---", SIGNIFICANT: r"$^\dagger$", PARTIAL: r"$^\ddagger$", IN_DOMAIN: r"$^\S$",
     FAKE: r"$^\P$",
 }  # fmt: skip
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(c, c) for c in _plain(text))
+    return "".join(_LATEX.get(c, c) for c in plain(text))
 
 
 def to_latex(table: Table, label: str = "tab:results") -> str:
@@ -619,9 +662,13 @@ def to_latex(table: Table, label: str = "tab:results") -> str:
             " & ".join([_latex(row.label), *(_latex_value(v) for v in row.cells)]) + r" \\"
             for row in rows
         ]
-    notes = [r"\par\smallskip\footnotesize", *(_latex(n) + r"\par" for n in table.notes)]
+    notes = [
+        r"\par\smallskip\raggedright\footnotesize",
+        *(_latex(n) + r"\par" for n in table.notes),
+    ]
     return "\n".join([
-        r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.caption or table.title)}}}",
+        r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering",
+        rf"\caption{{{_latex(table.caption or table.title)}}}",
         rf"\label{{{label}}}", rf"\begin{{tabular}}{{l{'r' * width}}}", r"\toprule", *lines,
         r"\bottomrule", r"\end{tabular}", *(notes if table.notes else ()), r"\end{table}", "",
     ])  # fmt: skip

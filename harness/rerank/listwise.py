@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from annotated_types import Ge
 
 from harness.prompts import Prompt
-from harness.types import Flow, Parsed, Query, RegistryError
+from harness.types import (
+    Candidate,
+    Completion,
+    Fault,
+    Flow,
+    Parsed,
+    Query,
+    RegistryError,
+    Request,
+)
 
 Windows = Literal["clamped", "rearank"]
 
@@ -35,11 +45,23 @@ def sliding_window(
     for _ in range(passes):
         for start, end in window_bounds(len(order), size, stride, windows):
             shown = [query.candidates[i] for i in order[start:end]]
-            [answer] = yield [prompt.render(query, shown)]
-            parsed = prompt.parse(answer, end - start)
-            log.append(parsed)
+            parsed = yield from _ask(query, prompt, shown, log)
             order[start:end] = [order[start + i] for i in parsed.order]
     return query.ranking(order, log)
+
+
+def _ask(
+    query: Query, prompt: Prompt, shown: list[Candidate], log: list[Parsed]
+) -> Generator[list[Request], list[Completion], Parsed]:
+    """The order of one window; where the protocol says so, with ever fewer words until it fits."""
+    while True:
+        [answer] = yield [prompt.render(query, shown)]
+        parsed = prompt.parse(answer, len(shown))
+        if (fewer := prompt.shortened(shown, answer)) is None:
+            log.append(parsed)
+            return parsed
+        log.append(replace(parsed, faults=(Fault.SHORTENED,)))
+        shown = fewer
 
 
 def window_bounds(

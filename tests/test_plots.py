@@ -1,0 +1,190 @@
+"""Figures and reports: complete, byte-stable, honest about what they leave out."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_tables import HOSTILE, cell, fake, suite
+
+from harness.report import build, plots
+from harness.types import CellResult, RegistryError
+
+KINDS = ["svg", "pdf", "png", "csv"]
+
+
+def rows_of(paths: list[Path]) -> list[dict[str, str]]:
+    with paths[-1].open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def content(paths: list[Path]) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[CellResult]:
+    return suite(2, ("dl19",), queries=12)
+
+
+def test_a_figure_is_written_in_every_format_with_its_data(
+    cells: list[CellResult], tmp_path: Path
+) -> None:
+    paths = plots.quality_against(cells, "generated_tokens", tmp_path)
+    assert [path.suffix[1:] for path in paths] == KINDS
+    assert sorted(tmp_path.iterdir()) == sorted(paths)  # and no temporary file is left
+
+
+def test_figures_drawn_twice_have_the_same_bytes(cells: list[CellResult], tmp_path: Path) -> None:
+    drawn = [
+        content(
+            [
+                *plots.quality_against(cells, "seconds", out),
+                *plots.gain_heatmap(cells, out),
+                *plots.per_query_bars(cells[3], cells[0], out),
+            ]
+        )
+        for out in (tmp_path / "a", tmp_path / "b")
+    ]
+    assert len(drawn[0]) == 12
+    assert drawn[0] == drawn[1]
+
+
+def test_nothing_is_drawn_without_cells(tmp_path: Path) -> None:
+    assert plots.quality_against([], "calls", tmp_path) == []
+    assert plots.gain_heatmap([], tmp_path) == []
+    assert plots.quality_against([cell("first-stage")], "calls", tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cells_of_the_fake_engine_are_not_drawn(tmp_path: Path) -> None:
+    cells = [cell("first-stage"), fake()]
+    assert plots.quality_against(cells, "calls", tmp_path) == []
+    assert plots.gain_heatmap(cells, tmp_path) == []
+    assert plots.per_query_bars(cells[1], cells[0], tmp_path) == []
+    assert plots.quality_against(cells, "calls", tmp_path, _fakes=True)
+
+
+def test_only_what_no_other_beats_is_on_the_front(tmp_path: Path) -> None:
+    cells = [
+        cell("cheap", values=[0.4, 0.5], tokens=10.0),
+        cell("dear", values=[0.6, 0.7], tokens=1000.0),
+        cell("beaten", values=[0.5, 0.6], tokens=2000.0),
+        cell("first-stage", values=[0.3, 0.3]),
+    ]
+    rows = rows_of(plots.quality_against(cells, "generated_tokens", tmp_path))
+    assert {row["model"]: row["on_front"] for row in rows} == {
+        "cheap": "1", "dear": "1", "beaten": "0", "first-stage": "",
+    }  # fmt: skip
+
+
+def test_a_baseline_has_no_cost_and_a_point_lies_in_its_interval(
+    cells: list[CellResult], tmp_path: Path
+) -> None:
+    for row in rows_of(plots.quality_against(cells, "seconds", tmp_path)):
+        if row["model"] in ("first-stage", "random", "oracle"):
+            assert row["seconds_per_query"] == ""
+        else:
+            assert float(row["low"]) < float(row["nDCG@10 x 100"]) < float(row["high"])
+
+
+def test_points_at_the_same_place_can_be_drawn(tmp_path: Path) -> None:
+    cells = [cell(name, values=[0.5]) for name in ("a", "b")]
+    assert plots.quality_against(cells, "generated_tokens", tmp_path)
+
+
+def test_a_cost_that_nobody_has_is_not_drawn(tmp_path: Path) -> None:
+    free = [cell(name, tokens=0.0) for name in ("a", "b")]
+    assert plots.quality_against(free, "generated_tokens", tmp_path) == []
+    assert plots.quality_against([*free, cell("c")], "generated_tokens", tmp_path)
+
+
+def test_half_done_and_latency_cells_are_not_drawn(tmp_path: Path) -> None:
+    cells = [cell("a", state="partial"), cell("b", protocol={"kind": "latency"})]
+    assert plots.quality_against(cells, "calls", tmp_path) == []
+
+
+def test_the_heat_map_holds_the_gain_and_leaves_gaps_empty(tmp_path: Path) -> None:
+    cells = [
+        cell("first-stage", values=[0.5]), cell("first-stage", "dl20", [0.5]),
+        cell("a", values=[0.6]), cell("b", values=[0.4]), cell("b", "dl20", [0.7]),
+    ]  # fmt: skip
+    rows = rows_of(plots.gain_heatmap(cells, tmp_path))
+    assert (rows[0]["model"], rows[0]["dl20"]) == ("a", "")
+    assert [round(float(row["dl19"]), 6) for row in rows] == [10.0, -10.0]
+
+
+def test_per_query_differences_are_sorted_and_named(tmp_path: Path) -> None:
+    a, b = cell("a", values=[0.1, 0.9, 0.5]), cell("b", values=[0.5, 0.5, 0.5])
+    paths = plots.per_query_bars(a, b, tmp_path)
+    assert paths[0].name == "per_query_dl19_a_minus_b.svg"
+    assert [row["qid"] for row in rows_of(paths)] == ["q1", "q2", "q0"]
+
+
+def test_a_hostile_name_is_text_in_an_svg_and_safe_in_a_file_name(tmp_path: Path) -> None:
+    cells = [cell("first-stage"), cell(f"$x^{{{HOSTILE}../"), cell("排序")]
+    svg = plots.quality_against(cells, "calls", tmp_path)[0].read_text(encoding="utf-8")
+    assert "<script" not in svg
+    assert "\x1b" not in svg
+    [path, *_] = plots.per_query_bars(cells[1], cells[0], tmp_path)
+    assert path.parent == tmp_path
+
+
+def test_a_report_is_the_same_bytes_twice_whatever_was_there(
+    cells: list[CellResult], tmp_path: Path
+) -> None:
+    formats = ("md", "csv", "tex", "json")
+    first = content(build.write(cells, tmp_path / "a", formats))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "quality.md").write_text("old", encoding="utf-8")
+    second = content(build.write(cells, tmp_path / "b", formats))
+    assert first == second
+    assert {"README.md", "quality.tex", "efficiency.json", "results_long.csv"} <= first.keys()
+
+
+def test_the_index_shows_every_figure_and_links_only_what_exists(
+    cells: list[CellResult], tmp_path: Path
+) -> None:
+    paths = build.write(cells, tmp_path, ("md",))
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    for path in paths:
+        if path.suffix == ".png":
+            assert f"](plots/{path.name})" in text
+    links = [part.split(")")[0] for part in text.split("](")[1:]]
+    assert links
+    assert all((tmp_path / link).is_file() for link in links)
+
+
+def test_machine_formats_alone_draw_nothing(cells: list[CellResult], tmp_path: Path) -> None:
+    names = {path.name for path in build.write(cells, tmp_path, ("csv",))}
+    assert names == {"quality.csv", "efficiency.csv", "results_long.csv"}
+
+
+def test_an_unknown_format_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="did you mean"):
+        build.write([], tmp_path, ("cvs",))
+
+
+def test_a_report_without_cells_says_so(tmp_path: Path) -> None:
+    build.write([], tmp_path, ("md", "csv", "tex", "json"))
+    assert "No finished cells." in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_datasets_keep_their_order_and_baselines_frame_the_models() -> None:
+    cells = [cell("oracle", "z"), cell("m", "a"), cell("m", "z"), cell("first-stage", "z")]
+    found = [(c.dataset, c.model) for c in build.arranged(cells)]
+    assert found == [("z", "first-stage"), ("z", "m"), ("z", "oracle"), ("a", "m")]
+
+
+def test_reports_are_imported_without_heavy_packages_and_without_the_engines() -> None:
+    code = (
+        "import sys, harness.report.build\n"
+        "bad = {'matplotlib', 'numpy', 'scipy', 'torch', 'harness.cell', 'harness.rerank',"
+        " 'harness.engines'}\n"
+        "print(sorted(bad & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
