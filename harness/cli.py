@@ -481,6 +481,8 @@ def report(
     chosen = _split([format])
     for one in chosen:
         _check_format(one, ("md", "csv", "tex", "html", "json", "all"))
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is not a folder")
     states = ("complete", "partial") if allow_partial else ("complete",)
     cells = [c for c in store.iterate(results) if c.record.get("state") in states]
     if not cells:

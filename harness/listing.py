@@ -272,8 +272,12 @@ def rendered(
     request = job.prompt.render(ready, ready.candidates[:count])
     if tools is not None and request.text is None:
         turns = [{"role": m.role, "content": m.content} for m in request.messages]
-        text = tools.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return f"{tools.bos_token if request.bos else ''}{text}{request.prefill}"
+        template = dict(job.cell.model.template)
+        text = tools.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **template
+        )
+        bos = (tools.bos_token or "") if request.bos else ""
+        return f"{bos}{text}{request.prefill}"
     parts = [f"<{m.role}>\n{m.content}" for m in request.messages] or [request.text or ""]
     if request.prefill:
         parts.append(f"<prefill>\n{request.prefill}")

@@ -176,6 +176,13 @@ def relevance(completion: Completion) -> Parsed:
     return Parsed((), score=completion.scores[0] - completion.scores[1])
 
 
+def inconclusive(completion: Completion) -> Parsed:
+    """A reasoned answer that ended without its verdict; whatever was scored there is no score."""
+    cut = completion.finish == "length"
+    fault = blocked(completion) or (Fault.CUT_OFF if cut else Fault.UNPARSABLE)
+    return Parsed((), (fault,), changed=False)
+
+
 def likelihood(completion: Completion) -> Parsed:
     """Mean log-probability of the continuation's tokens (query likelihood)."""
     if fault := blocked(completion):

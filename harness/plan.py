@@ -100,7 +100,7 @@ def cells_of(registry: Registry, selection: Selection) -> list[Cell]:
         prefix_caching=selection.protocol == "quality",
         seed=selection.seed,
     )
-    return [
+    made = [
         Cell(
             model=model,
             dataset=dataset,
@@ -112,6 +112,16 @@ def cells_of(registry: Registry, selection: Selection) -> list[Cell]:
         for dataset in datasets
         for model in models
     ]
+    return _distinct(made)
+
+
+def _distinct(made: Sequence[Cell]) -> list[Cell]:
+    """A cell that two patterns name is one cell; two cells may not share a folder."""
+    places: dict[Path, Cell] = {}
+    for cell in made:
+        if places.setdefault(cell.folder, cell) != cell:
+            raise UsageError(f"{cell}: two datasets or models with one name; give one --name")
+    return list(places.values())
 
 
 def command(cell: Cell, selection: Selection) -> str:
@@ -119,7 +129,8 @@ def command(cell: Cell, selection: Selection) -> str:
     dataset = cell.dataset.location if cell.dataset.source == "requests" else cell.dataset.name
     if cell.dataset.source == "folder" and dataset not in Registry().datasets:
         dataset = cell.dataset.location
-    model = cell.model.name if not Path(cell.model.base).is_dir() else cell.model.base
+    base = cell.model.base  # a baseline has none, and Path("") is the working folder
+    model = base if base and Path(base).is_dir() else cell.model.name
     words = ["harness", "run", "-m", model, "-d", dataset]
     plain = Selection()
     for name in PLAIN_FIELDS:

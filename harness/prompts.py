@@ -142,7 +142,14 @@ class Prompt:
             return parse.best_label(completion, count)
         if self.answer == "likelihood":
             return parse.likelihood(completion)
+        if self.answer == "reasoning" and not self._concluded(completion):
+            return parse.inconclusive(completion)
         return parse.relevance(completion)
+
+    def _concluded(self, completion: Completion) -> bool:
+        """Did a reasoned answer end with its verdict, or was the verdict scored on its own?"""
+        ended = any(completion.text.endswith(stop) for stop in self.stop)
+        return completion.finish == "scored" or ended
 
     def shortened(
         self, shown: Sequence[Candidate], completion: Completion

@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# Machines are shared: an example that takes long says nothing about the code.
+settings.register_profile("steady", deadline=None)
+settings.load_profile("steady")
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"

@@ -150,6 +150,7 @@ def test_a_missing_command_shows_help_and_a_wrong_one_the_nearest(place):
 
 
 def test_unknown_names_show_the_nearest(place):
+    write(place / "other/small", SMALL)
     run, fake = "run -m first-stage -d small", "run -m rank-r1-7b -d small --engine fake"
     refused(
         place,
@@ -173,6 +174,8 @@ def test_unknown_names_show_the_nearest(place):
             "prompt rank-r1-* -d small": (2, "name one of each"),
             "prompt rank-r1-7b -d small --query q7": (2, "unknown query 'q7'"),
             "run": (2, "name at least one model (-m) and one dataset (-d)"),
+            "run -m first-stage -d small,other/small": (2, "two datasets or models with one name"),
+            "report --out small/run.trec": (2, "--out small/run.trec: is not a folder"),
             "run -m small -d small": (2, "say how to ask it with --method and --prompt"),
         },
     )  # fmt: skip
@@ -338,7 +341,7 @@ def test_a_cell_holds_what_the_design_documents(place):
         record["efficiency"]
     )
     assert record["efficiency"]["latency"] is None
-    assert record["command"] == f"harness {line}"
+    assert record["command"] == "harness run -m oracle -d small"
     assert record["started"] <= record["finished"]
     assert record["environment"]["python"]
     assert record["inputs"]["queries_without_judgements"] == 1
@@ -395,7 +398,7 @@ def test_flags_have_their_second_spellings(place):
     lines = [
         "run -m first-stage -d small --first_stage small/run.trec --hits 2 --results=out -q",
         "run -m rankzephyr-7b -d small --engine=fake --step_size 3 --window-size=6 --results out -q",
-        "run -m random -d small --seed 7 --limit 1 --results out -q",
+        "run -m random,rand* -d small,./small --seed 7 --limit 1 --results out -q",
     ]
     for line, said in zip(lines, together(place, lines), strict=True):
         assert (said.code, said.err) == (0, ""), (line, said)

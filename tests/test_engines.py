@@ -368,7 +368,7 @@ def test_the_models_generation_config_reaches_no_answer(
     assert [a.text for a in ask(asked_for, *requests)] != clean
 
 
-def test_a_repetition_penalty_does_not_see_the_padding(
+def test_a_repetition_penalty_is_that_of_transformers(
     open_hf: Callable[..., Any], direct: Any
 ) -> None:
     import torch
@@ -382,6 +382,20 @@ def test_a_repetition_penalty_does_not_see_the_padding(
             repetition_penalty=1.3, max_new_tokens=12,
         )  # fmt: skip
         assert answer.text == text_of(engine, out[0, ids.shape[1] :].tolist())
+
+
+def test_a_repetition_penalty_does_not_see_the_padding(open_hf: Callable[..., Any]) -> None:
+    import torch
+
+    from harness.engines.hf_batches import _Chooser, padded
+
+    engine = open_hf(sampling={"repetition_penalty": 2.0})
+    rows, pad = [[5], [5, 6, 7]], engine.net.pad
+    ids = padded(engine.net, rows)["input_ids"]
+    scores = torch.ones(2, 10, device=engine.device)
+    changed = _Chooser(engine.net, rows, engine.sampling, [(), ()])(ids, scores) != 1
+    assert pad not in rows[1]
+    assert [row.nonzero().flatten().tolist() for row in changed] == [[5], [5, 6, 7]]
 
 
 def test_sampling_is_repeatable_and_moves_with_its_seed(open_hf: Callable[..., Any]) -> None:
@@ -637,6 +651,16 @@ def test_labels_are_scored_at_the_last_token_of_a_cut_off_answer(hf: Any, direct
     firsts = [tokens_of(hf, label)[0] for label in request.labels]
     expected = [float(table[len(prompt) + len(tokens) - 2, t]) for t in firsts]
     assert answer.scores == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_exact_length_outlasts_an_end_token(scripted: Callable[[str, str], Any]) -> None:
+    engine, shape = scripted(RANK1, "So it<|im_end|>"), "[1] > [2] > [3]"
+    free, exact = ask(engine, raw(RANK1, max_tokens=30), raw(RANK1, exact_length_of=shape))
+    assert (free.text, free.finish, free.output_tokens) == (
+        "So it", "stop", len(tokens_of(engine, "So it<|im_end|>")),
+    )  # fmt: skip
+    assert exact.text.startswith("So it")
+    assert exact.output_tokens == len(tokens_of(engine, shape)) > free.output_tokens
 
 
 def test_reasoning_tokens_end_with_the_closing_tag(scripted: Callable[[str, str], Any]) -> None:

@@ -12,7 +12,7 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 BIOLOGY = "bright/biology/reasonir_gpt4cot_top100.trec"
 STACKOVERFLOW = "bright/stackoverflow/reasonir_gpt4cot_top100.trec"
 GPT = "runs/dl19.gpt-3.5-turbo.rankgpt.trec"
-real_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real runs in {SHARED.name}/data")
+real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the runs in ../shared/data")
 
 
 def one(run, qrels, name="nDCG@10", qids=None):

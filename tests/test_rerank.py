@@ -259,7 +259,7 @@ def test_a_hundred_candidates_give_the_nine_windows() -> None:
 
 @given(st.integers(0, 300), st.integers(2, 40), st.data())
 def test_clamped_windows_show_every_document(count: int, size: int, data: st.DataObject) -> None:
-    stride = data.draw(st.integers(1, size))
+    stride = data.draw(st.integers(1, size - 1))  # without overlap a lone head asks nothing
     bounds = list(listwise.window_bounds(count, size, stride))
     shown = {i for start, end in bounds for i in range(start, end)}
     assert shown == (set(range(count)) if count > 1 else set())
@@ -317,17 +317,30 @@ def test_pointwise_sorts_by_score_and_unscored_passages_sink() -> None:
 
 
 def test_pointwise_reasoning_closes_a_thought_that_gave_no_verdict() -> None:
-    prompt = Prompt("p", "test", "reasoning", text="Is it? <think>", choices=(" true", " false"))
-
-    def answer(request: Request) -> tuple[float, ...]:
-        forced = request.text is not None and request.text.endswith("</think>")
-        return (0.0, -1.0) if forced or request.shown == ("d1",) else ()
-
-    flow = pointwise.reason_then_score(make_query(2), prompt)
-    ranking, rounds = drive(flow, answer)
-    assert [len(r) for r in rounds] == [2, 1]
-    assert ranking.parsed[2].faults == (Fault.RETRIED,)
-    assert len(ranking.parsed) == 3
+    prompt = Prompt(
+        "p", "test", "reasoning", text="Is it? <think>", choices=(" true", " false"),
+        stop=("</think> true", "</think> false"), limits=Limits(max_tokens=9),
+    )  # fmt: skip
+    flow = pointwise.reason_then_score(make_query(3), prompt)
+    assert len(next(flow)) == 3
+    [forced_a, forced_b] = flow.send(
+        [
+            Completion(text="First. And then", finish="length", scores=(5.0, 0.0)),
+            Completion(text="Yes.</think> true", scores=(-0.5, -1.0)),
+            Completion(text="Hm. No verdict", scores=(9.0, 0.0)),
+        ]
+    )
+    assert forced_a.text == "Is it? <think>\nFirst.\n</think>"
+    assert forced_b.text == "Is it? <think>\nHm.\n</think>"
+    assert forced_a.max_tokens == 0
+    scored = [Completion(finish="scored", scores=s) for s in ((0.0, -1.0), (-2.0, 0.0))]
+    with pytest.raises(StopIteration) as stop:
+        flow.send(scored)
+    ranking = stop.value.value
+    assert ranking.docids == ("d0", "d1", "d2"), "what was scored in a cut-off thought is no score"
+    assert [p.faults for p in ranking.parsed] == [
+        (Fault.CUT_OFF,), (), (Fault.UNPARSABLE,), (Fault.RETRIED,), (Fault.RETRIED,),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(METHODS))

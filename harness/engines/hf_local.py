@@ -81,7 +81,7 @@ class HfEngine:
         self.adapter = locate(spec.adapter, spec.adapter_revision) if spec.adapter else None
         self.device, self.dtype = device_and_dtype(spec.dtype)
         self.batch_size = batch_size
-        self.batch_tokens = batch_tokens or (65536 if self.device == "cuda" else 4096)
+        self.batch_tokens = batch_tokens or (65536 if self.device == "cuda" else 16384)
         self.capacity = 4 * batch_size
         self.sampling = _sampling(spec)
         self.fingerprint = {
