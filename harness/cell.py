@@ -24,8 +24,8 @@ from harness.prompts import Limits, Prompt, prepare
 from harness.rerank import METHODS
 from harness.specs import bind, limits_for
 from harness.types import (
-    Cell,
     Call,
+    Cell,
     CellResult,
     DataError,
     Engine,
@@ -80,29 +80,33 @@ def resolve(cell: Cell, prompt: Prompt | None, collection: Collection) -> Job:
         return Job(cell, method, options, None, Limits(), collection)
     if prompt is None:
         raise RegistryError(f"method {spec.method} needs a prompt", where=where)
+    _check_fit(method, options, prompt, where)
+    if not collection.has_texts:
+        what = f"{cell.dataset_name}: the candidates have no texts"
+        raise DataError(f"{what}; {spec.name} needs them")
+    limits = limits_for(spec, prompt)
+    return Job(cell, method, options, replace(prompt, limits=limits), limits, collection)
+
+
+def _check_fit(method: Method, options: Mapping[str, Any], prompt: Prompt, where: str) -> None:
+    """Can the method read the prompt's answers, and the prompt label what the method shows?"""
     if prompt.answer not in method.answers:
         raise RegistryError(
-            f"prompt {prompt.name} asks for a {prompt.answer}, method {spec.method} reads"
-            f" {' or '.join(method.answers)}",
+            f"prompt {prompt.name} asks for a {prompt.answer},"
+            f" the method reads {' or '.join(method.answers)}",
             where=where,
         )
-    shown = options.get("num_child", 0) + 1 if "num_child" in options else options.get("size", 1)
+    next(method.flow(Query("", ""), prompt, **options), None)  # options that contradict each other
+    shown = options["num_child"] + 1 if "num_child" in options else options.get("size", 1)
     if prompt.most is not None and shown > prompt.most:
         raise RegistryError(
             f"prompt {prompt.name} has labels for {prompt.most} passages, {shown} would be shown",
             where=where,
         )
-    if not collection.has_texts:
-        raise DataError(
-            f"{cell.dataset_name}: the candidates have no texts, which {spec.name} needs"
-        )
-    limits = limits_for(spec, prompt)
-    prompt = replace(prompt, limits=limits)
-    return Job(cell, method, options, prompt, limits, collection)
 
 
 def key(job: Job, engine: Engine | None) -> str:
-    """The identity of a cell: equal keys mean equal results, whenever and wherever they were made."""
+    """The identity of a cell: equal keys mean equal results, wherever they were made."""
     cell = job.cell
     return digest(
         {
@@ -110,7 +114,7 @@ def key(job: Job, engine: Engine | None) -> str:
             "engine": dict(engine.fingerprint) if engine else None,
             "method": cell.model.method,
             "options": dict(job.options),
-            "prompt": asdict(job.prompt) if job.prompt else None,
+            "prompt": job.prompt.wire_format if job.prompt else None,
             "raw_special_tokens": cell.model.raw_special_tokens,
             "data": job.collection.sha256,
             "dataset": cell.dataset.name,

@@ -229,17 +229,25 @@ def _check_format(given: str, known: tuple[str, ...]) -> None:
 
 
 class _Done:
-    """What a run of the matrix came to."""
+    """What a run of the matrix has come to so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, total: int) -> None:
+        self.total = total
         self.cells: list[Any] = []
         self.failures: list[HarnessError] = []
         self.skipped = self.asked = self.cached = 0
 
     def fail(self, cell: Any, error: HarnessError) -> None:
-        """Report a failure now, and keep it for the exit code."""
+        """Report a failure and keep it for the exit code; alone, it is the outcome."""
+        if self.total == 1:
+            raise error
         self.failures.append(error)
         _error(f"{cell}: {error}")
+
+    def count(self, result: Any) -> None:
+        efficiency = result.record["efficiency"]
+        self.cached += efficiency["calls_from_cache"]
+        self.asked += efficiency["calls"] - efficiency["calls_from_cache"]
 
     @property
     def summary(self) -> str:
@@ -251,108 +259,124 @@ class _Done:
 
 
 def _run_matrix(matrix: Matrix, force: bool, quiet: bool) -> _Done:
-    """Run the cells; one that fails is reported at the end and does not stop the others."""
-    from harness import cell as cells
-    from harness import plan, store
-    from harness.engines import open_engine
+    """Run the cells; one that fails is reported and does not stop the others."""
+    from harness import plan
 
-    selection, registry, results = matrix.selection(), _registry(matrix.registry), matrix.results
-    loader = plan.Loader(registry)
-    matrix_cells, done, jobs = plan.cells_of(registry, selection), _Done(), []
-    for one in matrix_cells:
+    selection, registry = matrix.selection(), _registry(matrix.registry)
+    loader, cells = plan.Loader(registry), plan.cells_of(registry, selection)
+    done, jobs = _Done(len(cells)), []
+    for cell in cells:
         try:
-            jobs.append(loader.job(one, selection.first_stage))
+            jobs.append(loader.job(cell, selection.first_stage))
         except (DataError, MissingResourceError) as error:  # flags and names are wrong for all
-            if len(matrix_cells) == 1:
-                raise
-            done.fail(one, error)
+            done.fail(cell, error)
     cache = matrix.open_cache()
     try:
         with _progress(len(jobs), quiet) as show:
             for number, job in enumerate(jobs, 1):
-                spec = job.cell.model
-                engine = None
                 try:
-                    if job.needs_engine:
-                        family = spec.engine or "hf"
-                        engine = open_engine(family, spec, **selection.engine_settings)
-                    key = cells.key(job, engine)
-                    if not force and store.state(results, job.cell, key) == "complete":
-                        found = store.read(results / job.cell.folder)
-                        done.skipped += 1
-                        show.skipped(number, job.cell)
-                    else:
-                        report = show.started(number, job.cell)
-                        command = plan.command(job.cell, selection)
-                        found = cells.run(
-                            job, engine, cache, results, command=command, progress=report
-                        )
-                        efficiency = found.record["efficiency"]
-                        done.cached += efficiency["calls_from_cache"]
-                        done.asked += efficiency["calls"] - efficiency["calls_from_cache"]
-                        show.finished(number, job.cell, found)
-                    done.cells.append(found)
+                    _run_job(
+                        job,
+                        plan.command(job.cell, selection),
+                        matrix,
+                        cache,
+                        force,
+                        done,
+                        show.of(number, job.cell),
+                    )
                 except HarnessError as error:
-                    if len(matrix_cells) == 1:
-                        raise
                     done.fail(job.cell, error)
-                finally:
-                    if engine is not None:
-                        engine.close()
     finally:
         cache.close()
     return done
 
 
-class _Lines:
-    """Progress as plain lines, for logs and CI."""
+def _run_job(
+    job: Any, command: str, matrix: Matrix, cache: Any, force: bool, done: _Done, show: Any
+) -> None:
+    """One cell: skipped when its key is already there, else run with an engine of its own."""
+    from harness import cell, store
+    from harness.engines import open_engine
 
-    def __init__(self, total: int, quiet: bool) -> None:
-        self.total, self.quiet = total, quiet
+    spec = job.cell.model
+    engine = open_engine(spec.engine or "hf", spec) if job.needs_engine else None
+    try:
+        known = store.state(matrix.results, job.cell, cell.key(job, engine))
+        if known == "complete" and not force:
+            result = store.read(matrix.results / job.cell.folder)
+            done.skipped += 1
+            show.line("finished before")
+        else:
+            show.started()
+            result = cell.run(
+                job, engine, cache, matrix.results, command=command, progress=show.progress
+            )
+            done.count(result)
+            show.finished(result)
+        done.cells.append(result)
+    finally:
+        if engine is not None:
+            engine.close()
 
-    def _line(self, number: int, cell: Any, text: str) -> None:
+
+@dataclass
+class _Shown:
+    """The progress of one cell as plain lines, for logs and CI."""
+
+    head: str
+    quiet: bool = False
+
+    def line(self, text: str) -> None:
         if not self.quiet:
-            print(f"[{number}/{self.total}] {cell}: {text}", file=sys.stderr, flush=True)
+            print(f"{self.head}: {text}", file=sys.stderr, flush=True)
 
-    def skipped(self, number: int, cell: Any) -> None:
-        self._line(number, cell, "finished before")
+    def started(self) -> None:
+        self.line("started")
 
-    def started(self, number: int, cell: Any) -> Any:
-        self._line(number, cell, "started")
-        return lambda done, total, calls: None
+    def progress(self, done: int, total: int, calls: int) -> None:
+        """Lines would flood a log; only a bar shows every query."""
 
-    def finished(self, number: int, cell: Any, result: Any) -> None:
+    def finished(self, result: Any) -> None:
         name, value = next(iter(result.measures.items()))
-        self._line(number, cell, f"{name} {value:.4f}")
+        self.line(f"{name} {value:.4f}")
 
 
-class _Bars(_Lines):
-    """Progress as one bar a cell, on a terminal."""
+@dataclass
+class _Bar(_Shown):
+    """The progress of one cell as a bar, on a terminal."""
 
-    def __init__(self, total: int, progress: Any) -> None:
-        super().__init__(total, quiet=False)
-        self.progress, self.task = progress, None
+    bars: Any = None
+    task: Any = None
 
-    def _line(self, number: int, cell: Any, text: str) -> None:
-        self.progress.console.print(f"[{number}/{self.total}] {cell}: {text}", markup=False)
+    def line(self, text: str) -> None:
+        self.bars.console.print(f"{self.head}: {text}", markup=False, highlight=False)
 
-    def started(self, number: int, cell: Any) -> Any:
-        self.task = self.progress.add_task(f"{cell}".replace("[", "("), total=None)
+    def started(self) -> None:
+        self.task = self.bars.add_task(self.head, total=None, calls=0)
 
-        def report(done: int, total: int, calls: int) -> None:
-            self.progress.update(self.task, completed=done, total=total, calls=calls)
+    def progress(self, done: int, total: int, calls: int) -> None:
+        self.bars.update(self.task, completed=done, total=total, calls=calls)
 
-        return report
+    def finished(self, result: Any) -> None:
+        self.bars.remove_task(self.task)
+        super().finished(result)
 
-    def finished(self, number: int, cell: Any, result: Any) -> None:
-        self.progress.remove_task(self.task)
-        super().finished(number, cell, result)
+
+@dataclass
+class _Progress:
+    total: int
+    quiet: bool
+    bars: Any = None
+
+    def of(self, number: int, cell: Any) -> _Shown:
+        head = f"[{number}/{self.total}] {cell}"
+        return _Bar(head, bars=self.bars) if self.bars else _Shown(head, self.quiet)
 
 
 @contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[_Lines]:
+def _progress(total: int, quiet: bool) -> Iterator[_Progress]:
     if quiet or not sys.stderr.isatty():
-        yield _Lines(total, quiet)
+        yield _Progress(total, quiet)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -361,8 +385,8 @@ def _progress(total: int, quiet: bool) -> Iterator[_Lines]:
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
         TextColumn("queries, {task.fields[calls]} calls"), TimeElapsedColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield _Bars(total, progress)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        yield _Progress(total, quiet, bars)
 
 
 def _say(quiet: bool, text: str) -> None:
@@ -381,7 +405,7 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], format: str) -> None:
         print("nothing there")
         return
     if format == "md":
-        print(listing.markdown(list(rows)))
+        print(listing.markdown([dict(row) for row in rows]))
         return
     texts = [list(rows[0]), *([listing.plain(v) for v in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in texts) for i in range(len(texts[0]))]

@@ -152,12 +152,12 @@ def models_page(registry: Registry) -> str:
     plain = [row for row in models(registry) if "@" not in row["model"]]
     parts = [
         "# Models",
-        "Made by `harness list models --format md`; a test holds it equal to the registry. Unpinned: the"
-        " revision is `main`, because no commit was known when the row was written. A model"
-        " trained on msmarco-passage is in-domain on TREC DL, and tables say so.",
+        "Made by `harness list models --format md`; a test holds it equal to the registry."
+        " Unpinned: the revision is `main`, because no commit was known when the row was written."
+        " A model trained on msmarco-passage is in-domain on TREC DL, and tables say so.",
         markdown(plain),
         "## Variants",
-        "The plain name is the format a model was trained with. What others send instead has a name.",
+        "The plain name is the format a model was trained with; what others send has a name.",
         markdown(variants(registry)),
         "## Wire formats",
         "Lengths are in the unit of the protocol; every text is cut once and cuts are counted.",
@@ -169,7 +169,9 @@ def models_page(registry: Registry) -> str:
 def markdown(rows: Rows) -> str:
     """Equal-keyed rows as a GitHub table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([plain(v) for v in r.values()] for r in rows)]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
+    )
 
 
 def plain(value: Any) -> str:

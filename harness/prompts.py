@@ -12,13 +12,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from harness import parse
 from harness.types import Candidate, Completion, DataError, Message, Parsed, Query, Request
 
 Unit = Literal["tokens", "words", "characters"]
+AtLeastOne = Annotated[int, Ge(1)]
+Length = AtLeastOne | Mapping[str, AtLeastOne | None] | None
 Step = Literal[
     "strip", "spaces", "newlines", "nfc", "ftfy", "ftfy-prompt", "brackets", "no-title-marks"
 ]
@@ -51,8 +55,8 @@ class Limits:
     """
 
     unit: Unit = "tokens"
-    query: int | Mapping[str, int | None] | None = None
-    passage: int | Mapping[str, int | None] | None = None
+    query: Length = None
+    passage: Length = None
     max_tokens: int = 0
     context: int | None = None
     shrink: bool = False
@@ -100,6 +104,11 @@ class Prompt:
     query_templates: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = Limits()
     note: str = ""
+
+    @property
+    def wire_format(self) -> dict[str, Any]:
+        """Everything that decides a request or its reading; names and remarks do not."""
+        return {k: v for k, v in asdict(self).items() if k not in ("name", "source", "note")}
 
     def render(self, query: Query, shown: Sequence[Candidate]) -> Request:
         """Fill the template with prepared texts. Raises DataError beyond `most` passages."""

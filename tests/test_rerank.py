@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise as pairwise_of
 from random import Random
 
 import pytest
@@ -75,10 +76,8 @@ def published_heapsort(relevance: list[float], children: int, k: int) -> tuple[l
     n = len(a)
     for i in range(n // children, -1, -1):
         heapify(n, i)
-    ranked = 0
-    for i in range(n - 1, 0, -1):
+    for ranked, i in enumerate(range(n - 1, 0, -1), 1):
         a[i], a[0] = a[0], a[i]
-        ranked += 1
         if ranked == k:
             break
         heapify(i, 0)
@@ -373,7 +372,7 @@ def test_the_random_order_of_a_query_does_not_depend_on_the_other_queries() -> N
 
 def test_scores_strictly_decrease() -> None:
     scores = make_query(5).ranking([3, 1, 0, 2, 4]).scores
-    assert all(a > b for a, b in zip(scores, scores[1:], strict=False))
+    assert all(a > b for a, b in pairwise_of(scores))
 
 
 def test_an_order_that_is_no_permutation_is_an_exception() -> None:
@@ -414,8 +413,14 @@ def test_shortening_ends_when_even_one_word_does_not_fit() -> None:
         Query("q", "t", (Candidate("a", "x y"), Candidate("b", "z"))), prompt
     )
     next(flow)
+    answers = iter([Completion(finish="too_long", prompt_tokens=99)] * 100)
+
+    def until_it_ends() -> None:
+        for answer in answers:
+            flow.send([answer])
+
     with pytest.raises(StopIteration) as stop:
-        for _ in range(100):
-            flow.send([Completion(finish="too_long", prompt_tokens=99)])
+        until_it_ends()
     assert stop.value.value.docids == ("a", "b")
     assert stop.value.value.parsed[-1].faults == (Fault.TOO_LONG,)
+    assert next(answers, None) is not None, "it ended by itself"
