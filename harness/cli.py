@@ -62,6 +62,9 @@ RegistryDir = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result and errors.")]
 Format = Annotated[str, typer.Option("--format", help="text, or json for machines.")]
+DataDir = Annotated[
+    Path | None, typer.Option("--data", help="Prepared candidates [$RERANK_HARNESS_DATA].")
+]
 RESULTS = Path("results")
 
 
@@ -72,9 +75,6 @@ def main(args: list[str] | None = None) -> None:
     except HarnessError as error:
         _error(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _error("stopped; what was answered is in the cache")
-        sys.exit(Interrupted.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -97,6 +97,12 @@ def _registry(extra: Path | None) -> Any:
     from harness.specs import Registry
 
     return Registry(extra)
+
+
+def _use_data(folder: Path | None) -> None:
+    """The folder for this process; sources look where the environment points."""
+    if folder is not None:
+        os.environ["RERANK_HARNESS_DATA"] = str(folder)
 
 
 def _split(values: list[str] | None) -> tuple[str, ...]:
@@ -142,11 +148,13 @@ class Matrix:
     results: Results = RESULTS
     cache: CacheFile = None
     registry: RegistryDir = None
+    data: DataDir = None
 
     def selection(self) -> Any:
         """What the flags, and a suite file under them, ask for."""
         from harness import plan
 
+        _use_data(self.data)
         options = ("num_child", "k", "size", "stride", "passes", "permutations")
         given = [(name, getattr(self, name)) for name in options]
         selection = plan.Selection(
@@ -169,7 +177,12 @@ def _with_matrix(function: Callable[..., None]) -> Callable[..., None]:
     @wraps(function)
     def command(**flags: Any) -> None:
         own = {field.name: flags.pop(field.name) for field in fields(Matrix)}
-        function(Matrix(**own), **flags)
+        try:
+            function(Matrix(**own), **flags)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "stopped; every answer so far is in the cache: the same command goes on from there"
+            ) from None
 
     hints = typing.get_type_hints(Matrix, include_extras=True)
     shared = [
@@ -196,9 +209,9 @@ def run(
     if format == "json":
         print(json.dumps([dict(cell.record) for cell in done.cells], ensure_ascii=False))
     elif done.cells:
-        from harness.report import tables
+        from harness.report import tables, writers
 
-        print(tables.to_text(tables.summary(done.cells)))
+        print(writers.to_text(tables.summary(done.cells)))
         _say(quiet, done.summary)
     if done.failures:
         raise typer.Exit(done.failures[0].exit_code)
@@ -483,6 +496,170 @@ def status(results: Results = RESULTS, format: Format = "text") -> None:
     _print_rows(listing.cells(results), format)
 
 
+# --- data ---------------------------------------------------------------------------------------
+
+Stage = Annotated[str | None, typer.Option("--first-stage", help="Its name, or a TREC run file.")]
+Depth = Annotated[int | None, typer.Option("--depth", min=1, help="Candidates a query (--hits).")]
+Qrels = Annotated[str | None, typer.Option("--qrels", help="Judgements, if not the dataset's.")]
+
+
+@app.command()
+def prepare(
+    dataset: Datasets = None,
+    first_stage: Stage = None,
+    depth: Depth = None,
+    data: DataDir = None,
+    registry: RegistryDir = None,
+    quiet: Quiet = False,
+) -> None:
+    """Retrieve candidates once (bm25, bm25s, either with +QUERY for a rewritten query of the
+    dataset, or a run file): a run on them needs neither index nor network nor Java."""
+    from harness.data import prepare as preparing
+    from harness.data.prepared import data_folder
+
+    for spec in _datasets(_registry(registry), dataset):
+        _say(quiet, f"{spec.name}: {first_stage or spec.first_stage}")
+        folder = data or data_folder()
+        print(preparing.prepare(spec, first_stage, depth or spec.depth, folder))
+
+
+@app.command("audit-data")
+def audit_data(
+    dataset: Datasets = None,
+    qrels: Qrels = None,
+    first_stage: Stage = None,
+    depth: Depth = None,
+    data: DataDir = None,
+    registry: RegistryDir = None,
+    format: Format = "text",
+) -> None:
+    """Check queries, candidates and judgements before any engine time is spent on them."""
+    from harness.data import audit, load
+
+    _check_format(format, ("text", "json"))
+    _use_data(data)
+    found = []
+    for spec in _datasets(_registry(registry), dataset, qrels):
+        at = depth or spec.depth
+        found.append(audit.audit(spec, load(spec, first_stage, at), at))
+        if format == "text":
+            _print_figures(found[-1])
+    if format == "json":
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+    if errors := [f"{row['dataset']}: {text}" for row in found for text in row["errors"]]:
+        raise DataError("; ".join(errors))
+
+
+def _datasets(registry: Any, texts: list[str] | None, qrels: str | None = None) -> list[Any]:
+    from harness import plan
+
+    asked = plan.Selection(qrels=qrels)
+    found = [s for text in _split(texts) for s in plan.find_datasets(registry, text, asked)]
+    if not found:
+        raise UsageError("name at least one dataset (-d)")
+    return found
+
+
+def _print_figures(figures: Mapping[str, Any]) -> None:
+    """One figure a line; those of a table under its name."""
+    rows = []
+    for name, value in figures.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [{"figure": f"{name}: {key}" if key else name, "value": v} for key, v in inner]
+    _print_rows([row for row in rows if row["value"] != []], "text")
+
+
+# --- the runs of others, and runs for others ----------------------------------------------------
+
+
+@app.command("import")
+def import_(
+    run: Annotated[Path, typer.Argument(help="A TREC run that another program made.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Whose run: any name.")],
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="A name, also new, or a path.")],
+    qrels: Qrels = None,
+    first_stage: Stage = None,
+    depth: Depth = None,
+    data: DataDir = None,
+    results: Results = RESULTS,
+    registry: RegistryDir = None,
+    format: Format = "text",
+) -> None:
+    """Measure a foreign run and make its cell: quality known, efficiency unknown."""
+    from harness import exchange
+    from harness.types import ModelSpec
+
+    _check_format(format, ("text", "json"))
+    _use_data(data)
+    names, judged = _registry(registry), Path(qrels) if qrels else None
+    spec = names.models.get(model) or ModelSpec(name=model, method=exchange.METHOD)
+    known = _one_dataset(names, dataset, qrels)
+    foreign = exchange.Foreign(run, spec, known, judged, first_stage, depth)
+    cell = exchange.take_in(foreign, results)
+    if format == "json":
+        print(json.dumps(dict(cell.record), ensure_ascii=False))
+        return
+    ties, by_rank = cell.record["imported"], cell.record["imported"]["measures_in_rank_order"]
+    print(f"{cell.folder}: {cell.record['queries']} queries, measured in trec_eval's order")
+    print(f"{ties['ties']} tied scores in {ties['queries_with_ties']} queries")
+    for name, count in cell.record["inputs"].items():
+        print(f"{count} {name.replace('_', ' ')}")
+    for name, value in cell.measures.items():
+        print(f"{name} {value:.4f}, in rank order {by_rank[name]:.4f}")
+
+
+@app.command()
+def export(
+    cell: Annotated[Path, typer.Argument(help="A cell's folder.")],
+    format: Annotated[str, typer.Option(help="run, requests, results or ir-metadata.")] = "run",
+    out: Annotated[Path | None, typer.Option("--out", help="A file; stdout by default.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Where texts are.")] = None,
+    qrels: Qrels = None,
+    registry: RegistryDir = None,
+) -> None:
+    """Write a cell as others read it: a TREC run, rank_llm requests or results, ir_metadata."""
+    from harness import exchange, store
+
+    _check_format(format, exchange.FORMATS)
+    found, data = store.read(cell), None
+    if found is None or not (cell / "run.trec").is_file():
+        raise MissingResourceError(f"{cell}: holds no finished cell")
+    if format in ("requests", "results"):
+        data = _data_of(found, _registry(registry), dataset, qrels)
+        _say(data is not None, "the dataset is not at hand: no texts are written; name it with -d")
+    text = "".join(exchange.give_out(found, format, data))
+    (out.write_text if out else sys.stdout.write)(text)
+
+
+def _one_dataset(registry: Any, text: str, qrels: str | None) -> Any:
+    """The one dataset that a name or path means; a new name is one, when it has judgements."""
+    from harness.types import DatasetSpec
+
+    try:
+        [found] = _datasets(registry, [text], qrels)
+    except ValueError as error:
+        raise UsageError(f"{text} is more than one dataset: name one") from error
+    except RegistryError:
+        if qrels is None or any(c in text for c in "*?["):
+            raise
+        return DatasetSpec(name=text, source="requests", qrels=qrels)
+    return found
+
+
+def _data_of(cell: Any, registry: Any, text: str | None, qrels: str | None) -> Any:
+    """The data behind a cell, or None when it is not at hand; asked for by name, it must be."""
+    from harness.data import load
+
+    stage = None if text else cell.record["first_stage"]["name"].partition("+depth=")[0]
+    try:
+        spec = _one_dataset(registry, text or cell.record["dataset"]["name"], qrels)
+        return load(spec, stage, cell.record["depth"], cell.record["limit"])
+    except HarnessError:
+        if text:
+            raise
+        return None
+
+
 # --- reports and the cache ----------------------------------------------------------------------
 
 
@@ -500,7 +677,7 @@ def report(
 ) -> None:
     """Write tables, plots and the page from finished cells."""
     from harness import store
-    from harness.report import build, tables
+    from harness.report import build, tables, writers
 
     chosen = _split([format])
     for one in chosen:
@@ -514,7 +691,7 @@ def report(
     texts = _texts(cells, _registry(registry), with_text)
     paths = build.write(cells, out, chosen, texts=texts, with_text=with_text)
     if not quiet:
-        print(tables.to_text(tables.quality(cells, baseline="first-stage")))
+        print(writers.to_text(tables.quality(cells, baseline="first-stage")))
     print(f"{len(paths)} files in {out}: {_first(paths, 'index.html', 'quality.md')}")
 
 

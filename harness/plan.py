@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,6 @@ class Selection:
     protocol: str = "quality"
     concurrency: int | None = None
     seed: int = DEFAULT_SEED
-    engine_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 PLAIN_FIELDS = (

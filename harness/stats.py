@@ -13,6 +13,7 @@ from typing import Any
 
 from harness.types import DEFAULT_SEED, CellResult, DataError
 
+CHUNK = 4_000_000  # most numbers in one array of resamples: tens of megabytes
 TIE = 1e-12  # values that differ by less are equal: sums in another order differ by this much
 
 
@@ -59,30 +60,18 @@ def bootstrap_interval(
 ) -> Interval:
     """BCa interval of the mean (Efron 1987); (nan, nan) for fewer than two values."""
     import numpy as np
-    from scipy.stats import norm
+    from scipy.stats import bootstrap
 
     data = np.asarray(values, dtype=float)
-    n, mean = len(data), float(np.mean(data)) if len(data) else float("nan")
-    if n < 2 or np.ptp(data) <= TIE:  # no spread to resample, and BCa would divide by zero
-        return Interval(mean, mean) if n > 1 else Interval(float("nan"), float("nan"))
-    rng = np.random.Generator(np.random.PCG64(seed))
-    means = np.concatenate(
-        [data[rng.integers(0, n, (m, n))].mean(1) for m in _chunks(resamples, n)]
-    )
-    below = (np.sum(means < mean - TIE) + np.sum(means <= mean + TIE)) / (2 * resamples)
-    bias = norm.ppf(below)
-    left_out = (data.sum() - data) / (n - 1)
-    spread = left_out.mean() - left_out
-    skew = np.sum(spread**3) / (6 * np.sum(spread**2) ** 1.5)
-    z = bias + norm.ppf([(1 - level) / 2, (1 + level) / 2])
-    low, high = np.quantile(means, norm.cdf(bias + z / (1 - skew * z)))
-    return Interval(float(low), float(high))
-
-
-def _chunks(total: int, width: int, most: int = 4_000_000) -> list[int]:
-    """Split `total` rows of `width` numbers so that one chunk stays in tens of megabytes."""
-    size = max(1, most // max(1, width))
-    return [min(size, total - done) for done in range(0, total, size)]
+    if len(data) < 2 or np.ptp(data) <= TIE:  # no spread to resample
+        mean = float(data[0]) if len(data) > 1 else math.nan
+        return Interval(mean, mean)
+    rng, batch = np.random.Generator(np.random.PCG64(seed)), max(1, CHUNK // len(data))
+    found = bootstrap(
+        (data,), np.mean, confidence_level=level, n_resamples=resamples, batch=batch,
+        method="BCa", random_state=rng,
+    ).confidence_interval  # fmt: skip
+    return Interval(float(found.low), float(found.high))
 
 
 def sign_flip(a: Sequence[float], b: Sequence[float], seed: int = DEFAULT_SEED) -> float:
@@ -97,7 +86,8 @@ def sign_flip(a: Sequence[float], b: Sequence[float], seed: int = DEFAULT_SEED) 
     flips = 100_000 if n <= 200 else 10_000
     rng = np.random.Generator(np.random.PCG64(seed))
     extreme = 0
-    for rows in _chunks(flips, n):
+    size = max(1, CHUNK // n)
+    for rows in (min(size, flips - done) for done in range(0, flips, size)):
         bits = np.unpackbits(rng.integers(0, 256, (rows, -(-n // 8)), dtype=np.uint8), axis=1)
         flipped = 2.0 * (bits[:, :n].astype(float) @ differences) - total
         extreme += int(np.sum(np.abs(flipped) >= abs(total) - TIE))
@@ -115,34 +105,18 @@ def _differences(a: Sequence[float], b: Sequence[float]) -> Any:
 def paired(a: Sequence[float], b: Sequence[float], seed: int = DEFAULT_SEED) -> Paired:
     """Compare two systems query by query; a and b hold the same queries in the same order."""
     import numpy as np
-
-    differences = _differences(a, b)
-    interval = bootstrap_interval(differences, seed=seed)
-    t_p, d_z = _student(differences)
-    return Paired(
-        difference=float(differences.mean()),
-        low=interval.low,
-        high=interval.high,
-        t_p=t_p,
-        fisher_p=sign_flip(a, b, seed),
-        d_z=d_z,
-        wins=int(np.sum(differences > TIE)),
-        ties=int(np.sum(np.abs(differences) <= TIE)),
-        losses=int(np.sum(differences < -TIE)),
-        n=len(differences),
-    )
-
-
-def _student(differences: Any) -> tuple[float, float]:
-    """p of the paired t test and Hedges-corrected d_z; nan where equal differences forbid both."""
-    import numpy as np
     from scipy.stats import t
 
-    n, mean = len(differences), float(differences.mean())
-    if np.ptp(differences) <= TIE:
-        return (1.0, 0.0) if abs(mean) <= TIE else (float("nan"), float("nan"))
-    d_z = mean / float(np.std(differences, ddof=1))
-    return float(2 * t.sf(abs(d_z) * n**0.5, n - 1)), d_z * (1 - 3 / (4 * (n - 1) - 1))
+    d = _differences(a, b)
+    n, mean, interval = len(d), float(d.mean()), bootstrap_interval(d, seed=seed)
+    t_p, d_z = (1.0, 0.0) if abs(mean) <= TIE else (math.nan, math.nan)  # of equal differences
+    if np.ptp(d) > TIE:
+        effect = mean / float(np.std(d, ddof=1))
+        t_p = float(2 * t.sf(abs(effect) * n**0.5, n - 1))
+        d_z = effect * (1 - 3 / (4 * (n - 1) - 1))
+    wins, losses = int(np.sum(d > TIE)), int(np.sum(d < -TIE))
+    fisher_p, counts = sign_flip(a, b, seed), (wins, n - wins - losses, losses, n)
+    return Paired(mean, interval.low, interval.high, t_p, fisher_p, d_z, *counts)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

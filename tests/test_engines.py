@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -238,7 +239,7 @@ def test_the_fingerprint_tells_every_setting_apart(
 def test_the_fingerprint_is_known_before_the_weights_are_loaded(
     open_hf: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.engines.hf_local.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("harness.engines.weights.load_model", lambda *_: pytest.fail("loaded"))
     engine = open_hf()
     assert engine.fingerprint
     assert engine.clip(prose(9), 3)
@@ -393,7 +394,7 @@ def test_a_repetition_penalty_does_not_see_the_padding(open_hf: Callable[..., An
     rows, pad = [[5], [5, 6, 7]], engine.net.pad
     ids = padded(engine.net, rows)["input_ids"]
     scores = torch.ones(2, 10, device=engine.device)
-    changed = _Chooser(engine.net, rows, engine.sampling, [(), ()])(ids, scores) != 1
+    changed = _Chooser(engine.net, rows, [(), ()])(ids, scores) != 1
     assert pad not in rows[1]
     assert [row.nonzero().flatten().tolist() for row in changed] == [[5], [5, 6, 7]]
 
@@ -423,7 +424,8 @@ def test_sampled_tokens_follow_the_softmax(open_hf: Callable[..., Any], direct: 
     top = int(logits.argmax())
     hits = 0
     for seed in range(400):
-        chooser = _Chooser(engine.net, [prompt], {**engine.sampling, "seed": seed}, [()])
+        net = replace(engine.net, sampling={**engine.sampling, "seed": seed})
+        chooser = _Chooser(net, [prompt], [()])
         hits += (
             int(chooser(torch.tensor([prompt], device=engine.device), logits[None]).argmax()) == top
         )

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from harness.report import tables
+from harness.published import Published
+from harness.report import tables, writers
 from harness.types import CellResult
 
 
@@ -164,7 +165,7 @@ def test_a_failed_cell_is_a_dash_and_its_error_a_note() -> None:
     cells = [cell("a"), cell("b", state="failed", measures={}, error="the engine died")]
     table = tables.quality(cells)
     assert at(table, "b", "dl19").number is None
-    assert "b failed on DL19 (bm25, top 100): the engine died" in table.notes
+    assert "Failed on DL19 (bm25, top 100), the engine died: b." in table.notes
 
 
 def test_a_half_done_cell_is_signed_and_neither_competes_nor_counts() -> None:
@@ -209,6 +210,11 @@ def test_the_notes_tell_what_inputs_lost_and_what_is_not_pinned() -> None:
     assert "2 (DL19)" in table.caption
 
 
+def test_weights_that_are_named_without_a_revision_are_not_told() -> None:
+    table = tables.quality([cell("a", environment={"engine": {"base": "org/m"}})])
+    assert not any("pinned" in note for note in table.notes)
+
+
 def test_cells_over_different_candidates_are_told() -> None:
     cells = [cell(n, first_stage={"name": "bm25", "sha256": n}) for n in ("a", "b")]
     assert any(note.startswith("Not comparable: DL19") for note in tables.quality(cells).notes)
@@ -239,15 +245,84 @@ def test_cells_of_the_fake_engine_are_left_out_of_every_report() -> None:
     cells = [cell("real"), fake()]
     for table in (tables.quality(cells), tables.efficiency(cells)):
         assert [row.label for row in table.rows] == ["real"]
-        assert "Left out: 1 cell answered by the fake engine." in table.notes
-    assert "pretender" not in tables.to_long_csv(cells)
-    assert "pretender" in tables.to_long_csv(cells, _fakes=True)
+        assert "Left out, answered by the fake engine: pretender." in table.notes
+    assert "pretender" not in writers.to_long_csv(cells)
+    assert "pretender" in writers.to_long_csv(cells, _fakes=True)
 
 
 def test_the_summary_signs_a_fake_cell() -> None:
     table = tables.summary([fake()])
     assert table.rows[0].cells[0].note == "¶"
     assert "¶ answered by the fake engine: not a result." in table.notes
+
+
+def test_the_summary_fits_a_terminal_for_usual_names() -> None:
+    name = "rearank-zs-7b@published-windows"
+    text = writers.to_text(tables.summary([cell("first-stage"), cell(name)]))
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def printed(value: float, dataset: str = "dl19", **more: Any) -> Published:
+    """A published figure of model m over BM25."""
+    fields = {"model": "m", "name_as_published": "M-7B", "first_stage": "bm25"}
+    rest = {"measure": "nDCG@10", "source": "its paper", "confidence": "high"}
+    return Published(dataset=dataset, value=value, **{**fields, **rest, **more})
+
+
+def test_a_published_figure_stands_below_its_model_and_changes_nothing_measured() -> None:
+    cells = [cell(), cell(dataset="dl20"), cell("a"), cell("oracle")]
+    plain = tables.quality(cells)
+    table = tables.quality(cells, [printed(99.9)])
+    assert [(row.label, row.kind) for row in table.rows] == [
+        ("m", "measured"), ("m (published)", "published"), ("a", "measured"), ("oracle", "measured"),
+    ]  # fmt: skip
+    assert [row for row in table.rows if row.kind == "measured"] == list(plain.rows)
+    assert at(table, "m (published)", "dl19") == tables.Value(99.9, "99.9")
+    assert at(table, "m (published)", "average dl").text == "—"
+    assert "m (published), bm25, top 100: M-7B in its paper: DL19 99.9." in table.notes
+    assert "not measured here" in table.caption
+    assert '"bm25, top 100",published,m (published),99.9,,' in writers.to_csv(table)
+
+
+def test_sources_that_disagree_in_print_make_a_range_with_every_source_in_the_notes() -> None:
+    figures = [printed(72.7), printed(72.2, source="another"), printed(72.65, confidence="low")]
+    table = tables.quality([cell()], figures)
+    assert at(table, "m (published)", "dl19") == tables.Value(None, "72.2-72.7")
+    assert [note for note in table.notes if "(published)" in note] == [
+        "m (published), bm25, top 100: M-7B in its paper: DL19 72.7.",
+        "m (published), bm25, top 100: M-7B in another: DL19 72.2.",
+        "m (published), bm25, top 100: M-7B in its paper, low confidence: DL19 72.65.",
+    ]
+    same = tables.quality([cell()], [printed(50.58), printed(50.6)])
+    assert at(same, "m (published)", "dl19").text == "50.6"
+
+
+def test_a_figure_over_other_candidates_is_told_but_not_shown() -> None:
+    other = {"first_stage": {"name": "bm25+depth=50"}, "depth": 50}
+    table = tables.quality([cell(**other)], [printed(70.0), printed(60.0, first_stage="")])
+    assert [row.kind for row in table.rows] == ["measured"]
+    assert table.notes[-1].startswith("m (published), not shown beside bm25, top 50")
+    assert table.notes[-1].endswith("DL19 (bm25, top 100), DL19 (unnamed candidates, top 100).")
+    deep = tables.quality([cell(**other)], [printed(70.0, first_stage="bm25+depth=50")])
+    assert at(deep, "m (published)", "dl19", "bm25, top 50").text == "70.0"
+
+
+def test_published_figures_are_of_whole_datasets_and_of_the_measure_shown() -> None:
+    limited = cell(dataset="dl19+limit=2", limit=2)
+    figures = [printed(70.0), printed(9.0, "dl19+limit=2", measure="seconds_total")]
+    assert [row.kind for row in tables.quality([limited], figures).rows] == ["measured"]
+
+
+def test_a_variant_shows_the_figures_of_its_model() -> None:
+    table = tables.quality([cell("m"), cell("a"), cell("m@paper")], [printed(70.0)])
+    assert [row.label for row in table.rows] == ["m", "m@paper", "m (published)", "a"]
+
+
+def test_models_that_were_not_measured_are_shown_when_asked_for() -> None:
+    figures = [printed(70.0, model="", name_as_published="Other-8B")]
+    assert len(tables.quality([cell()], figures).rows) == 1
+    table = tables.quality([cell()], figures, everything=True)
+    assert at(table, "Other-8B (published)", "dl19").text == "70.0"
 
 
 def test_latency_cells_stay_out_of_quality_and_show_their_times_in_efficiency() -> None:
@@ -287,12 +362,12 @@ def test_a_negative_zero_is_never_printed() -> None:
 
 
 PARTS = {
-    "text": (tables.to_text, r"(?<![\d.])\d+\.\d(?![\d%])"),
-    "md": (tables.to_markdown, r"(?<=[ *>])\d+\.\d(?=[ *<])"),
-    "tex": (tables.to_latex, r"(?<=[ {])\d+\.\d(?=[ $}])"),
-    "html": (tables.to_html, r"(?<=>)\d+\.\d(?=<)"),
-    "csv": (tables.to_csv, r"(?<=,)\d+\.\d"),
-    "json": (tables.to_json, r'(?<="text": ")\d+\.\d'),
+    "text": (writers.to_text, r"(?<![\d.])\d+\.\d(?![\d%])"),
+    "md": (writers.to_markdown, r"(?<=[ *>])\d+\.\d(?=[ *<])"),
+    "tex": (writers.to_latex, r"(?<=[ {])\d+\.\d(?=[ $}])"),
+    "html": (writers.to_html, r"(?<=>)\d+\.\d(?=<)"),
+    "csv": (writers.to_csv, r"(?<=,)\d+\.\d"),
+    "json": (writers.to_json, r'(?<="text": ")\d+\.\d'),
 }
 
 
@@ -308,16 +383,16 @@ def test_every_format_prints_the_same_numbers_in_the_same_order(kind: str) -> No
 def test_marks_look_the_same_in_every_format() -> None:
     cells = [cell("a", values=[0.5]), cell("b", values=[0.4])]
     table = tables.quality(cells)
-    assert "**50.0**" in tables.to_markdown(table)
-    assert "<u>40.0</u>" in tables.to_markdown(table)
-    assert r"\textbf{50.0}" in tables.to_latex(table)
-    assert r"\underline{40.0}" in tables.to_latex(table)
-    assert "<strong>50.0</strong>" in tables.to_html(table)
-    assert "<u>40.0</u>" in tables.to_html(table)
+    assert "**50.0**" in writers.to_markdown(table)
+    assert "<u>40.0</u>" in writers.to_markdown(table)
+    assert r"\textbf{50.0}" in writers.to_latex(table)
+    assert r"\underline{40.0}" in writers.to_latex(table)
+    assert "<strong>50.0</strong>" in writers.to_html(table)
+    assert "<u>40.0</u>" in writers.to_html(table)
 
 
 def test_latex_escapes_what_tex_reads_as_commands() -> None:
-    text = tables.to_latex(tables.quality([cell(r"a_b%c&d#e$f{g}h\i~j^k")]))
+    text = writers.to_latex(tables.quality([cell(r"a_b%c&d#e$f{g}h\i~j^k")]))
     assert (
         r"a\_b\%c\&d\#e\$f\{g\}h\textbackslash{}i\textasciitilde{}j\textasciicircum{}k & 60.0 \\"
         in text
@@ -326,7 +401,7 @@ def test_latex_escapes_what_tex_reads_as_commands() -> None:
 
 def test_latex_has_one_block_head_a_first_stage_and_rules_under_headings() -> None:
     beir = {"dataset_more": {"suite": "beir"}}
-    text = tables.to_latex(tables.quality([cell("a"), cell("a", "covid", **beir)]), "tab:x")
+    text = writers.to_latex(tables.quality([cell("a"), cell("a", "covid", **beir)]), "tab:x")
     assert r"\multicolumn{3}{l}{\textit{bm25, top 100}} \\" in text
     assert r"\cmidrule(lr){2-2}\cmidrule(lr){3-3}" in text
     assert r"\label{tab:x}" in text
@@ -334,7 +409,7 @@ def test_latex_has_one_block_head_a_first_stage_and_rules_under_headings() -> No
 
 def test_latex_keeps_an_absent_value_apart_from_a_negative_one() -> None:
     table = tables.summary([cell("first-stage", values=[0.7, 0.7]), cell("a")])
-    text = tables.to_latex(table)
+    text = writers.to_latex(table)
     assert "& --- &" in text
     assert "& $-$0.1000 &" in text
 
@@ -343,41 +418,43 @@ HOSTILE = "<script>alert(1)</script>|x\n\x1b[31m"
 
 
 def test_a_hostile_name_stays_text_in_html() -> None:
-    text = tables.to_html(tables.quality([cell(HOSTILE)]))
+    text = writers.to_html(tables.quality([cell(HOSTILE)]))
     assert "<script" not in text
     assert "&lt;script&gt;" in text
 
 
 def test_a_hostile_name_stays_in_its_cell_in_markdown() -> None:
-    text = tables.to_markdown(tables.quality([cell(HOSTILE)]))
+    text = writers.to_markdown(tables.quality([cell(HOSTILE)]))
     [line] = [line for line in text.splitlines() if "alert" in line]
     assert line.startswith(r"| &lt;script&gt;alert(1)&lt;/script&gt;\|x")
     assert line.endswith("| 60.0 |")
 
 
 def test_a_hostile_name_cannot_steer_a_terminal() -> None:
-    text = tables.to_text(tables.quality([cell(HOSTILE)]))
+    text = writers.to_text(tables.quality([cell(HOSTILE)]))
     assert "\x1b" not in text
     assert len([line for line in text.splitlines() if "60.0" in line]) == 1
 
 
 def test_a_hostile_name_survives_csv_and_json() -> None:
     table = tables.quality([cell(HOSTILE)])
-    rows = list(csv.reader(io.StringIO(tables.to_csv(table))))
-    assert rows[1] == ["bm25, top 100", HOSTILE, "60.0"]
-    assert json.loads(tables.to_json(table))["rows"][0]["label"] == HOSTILE
+    rows = list(csv.reader(io.StringIO(writers.to_csv(table))))
+    assert rows[1] == ["bm25, top 100", "measured", HOSTILE, "60.0"]
+    assert json.loads(writers.to_json(table))["rows"][0]["label"] == HOSTILE
 
 
 def test_the_text_table_lines_its_decimal_points_up() -> None:
     cells = [cell("a", dataset_more={"in_domain": True}), cell("b", values=[1.0])]
     lines = [
-        line for line in tables.to_text(tables.quality(cells)).splitlines() if line.startswith("  ")
+        line
+        for line in writers.to_text(tables.quality(cells)).splitlines()
+        if line.startswith("  ")
     ]
     assert len({line.index(".") for line in lines}) == 1
 
 
 def test_the_long_csv_has_a_row_for_cell_and_measure_with_unrounded_values() -> None:
-    rows = list(csv.DictReader(io.StringIO(tables.to_long_csv([cell("a", values=[1 / 3])]))))
+    rows = list(csv.DictReader(io.StringIO(writers.to_long_csv([cell("a", values=[1 / 3])]))))
     assert [row["measure"] for row in rows] == ["nDCG@10", "RR@10"]
     assert float(rows[0]["value"]) == 1 / 3
     assert (rows[0]["first_stage"], rows[0]["depth"], rows[0]["queries"]) == ("bm25", "100", "1")
@@ -386,8 +463,8 @@ def test_the_long_csv_has_a_row_for_cell_and_measure_with_unrounded_values() -> 
 def test_no_cells_make_a_table_without_rows_in_every_format() -> None:
     for table in (tables.quality([]), tables.efficiency([]), tables.summary([])):
         assert table.rows == ()
-        assert all(writer(table) for writer in tables.WRITERS.values())
-        assert "model" in tables.to_text(table)
+        assert all(writer(table) for writer in writers.WRITERS.values())
+        assert "model" in writers.to_text(table)
 
 
 def test_a_cell_without_cost_records_is_a_row_of_dashes() -> None:
@@ -397,4 +474,4 @@ def test_a_cell_without_cost_records_is_a_row_of_dashes() -> None:
     for table in (tables.quality([bare]), tables.efficiency([bare]), tables.summary([bare])):
         assert [row.label for row in table.rows] == ["imported"]
     assert {v.text for v in tables.efficiency([bare]).rows[0].cells} == {"—", "0.50"}
-    assert "imported" in tables.to_long_csv([bare])
+    assert "imported" in writers.to_long_csv([bare])

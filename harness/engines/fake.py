@@ -1,49 +1,37 @@
-"""A scriptable engine for tests of logic. Its answers are never shown as results.
-
-`grade(request, docid)` decides who is better; by default a hash of (query text, docid), so that
-every run over the same input agrees. Answers come back in a seeded random order and in lumps.
-"""
+"""A scriptable engine for tests of logic. Its answers are never shown as results."""
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 from harness.types import Completion, EngineError, ModelSpec, Request
 
-Grade = Callable[[Request, str], float]
-_LABELLED = re.compile(r'Passage [A-Z]: "')
 
-
-def hashed_grade(request: Request, docid: str) -> float:
-    """A stable pseudo-relevance in [0, 1)."""
-    return int(hashlib.sha256(f"grade:{docid}".encode()).hexdigest()[:8], 16) / 2**32
-
-
+@dataclass(eq=False)
 class FakeEngine:
-    """mode: oracle | noisy | reversed | garbled | cut-off | dying (after `survive` answers)."""
+    """Answers come in a seeded random order and in lumps; `grade` decides who is better.
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        *,
-        mode: str = "oracle",
-        grade: Grade = hashed_grade,
-        seed: int = 0,
-        survive: int = 0,
-        lump: int = 3,
-    ) -> None:
-        self.fingerprint: Mapping[str, Any] = {"engine": "fake", "model": spec.name, "mode": mode}
-        self.capacity = 16
-        self.mode, self.grade, self.survive, self.lump = mode, grade, survive, lump
-        self.random = Random(seed)
-        self.asked: list[Request] = []
-        self.load_seconds = 0.0
+    mode: oracle | noisy | garbled | cut-off | dying (after `survive` answers)
+    """
+
+    spec: ModelSpec
+    mode: str = "oracle"
+    grade: Callable[[Request, str], float] = lambda request, docid: Random(docid).random()
+    seed: int = 0
+    survive: int = 0
+    lump: int = 3
+    capacity: int = 16
+    fingerprint: Mapping[str, Any] = field(init=False)
+    asked: list[Request] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.fingerprint = {"engine": "fake", "model": self.spec.name, "mode": self.mode}
+        self._left = self.survive if self.mode == "dying" else 10**9
+        self._random = Random(self.seed)
         self._pending: list[tuple[int, Request]] = []
-        self._answered = 0
 
     def submit(self, number: int, request: Request) -> None:
         self.asked.append(request)
@@ -52,14 +40,12 @@ class FakeEngine:
     def poll(self) -> list[tuple[int, Completion]]:
         if not self._pending:
             raise EngineError("poll without a submitted call")
-        if self.mode == "dying" and self._answered >= self.survive:
+        if not self._left:
             raise EngineError("the fake engine died, as it was told to")
-        self.random.shuffle(self._pending)
-        count = self.random.randint(1, self.lump)
-        if self.mode == "dying":
-            count = min(count, self.survive - self._answered)
+        self._random.shuffle(self._pending)
+        count = min(self._random.randint(1, self.lump), self._left)
         lump, self._pending = self._pending[:count], self._pending[count:]
-        self._answered += len(lump)
+        self._left -= len(lump)
         return [(number, self.answer(request)) for number, request in lump]
 
     def clip(self, text: str, tokens: int) -> str:
@@ -72,50 +58,44 @@ class FakeEngine:
 
     def answer(self, request: Request) -> Completion:
         """What the scripted model says; its token counts and times depend on the request alone."""
-        grades = [self._graded(request, docid) for docid in request.shown or ("nothing shown",)]
         prompt = " ".join(m.content for m in request.messages) + (request.text or "")
-        scores: tuple[float, ...] = ()
-        if request.continuation is not None:
-            scores = (grades[0] - 2.0,) * len(request.continuation.split())
-        elif request.labels:
-            pointwise = len(grades) == 1
-            scores = (grades[0], 1 - grades[0]) if pointwise else tuple(g - 2.0 for g in grades)
-        said = self._text(prompt, grades) if request.max_tokens or request.exact_length_of else ""
-        # An answer holds its prefill; the scripted ones that name a passage begin with theirs.
-        text = said.replace("Passage", "Passage:") if request.prefill == " Passage:" else said
-        cut = self.mode == "cut-off" and bool(text)
+        grades = [self._graded(request, docid) for docid in request.shown or ("nothing shown",)]
+        text = self._text(prompt, grades) if request.max_tokens or request.exact_length_of else ""
+        if request.prefill == " Passage:":  # an answer holds its prefill
+            text = text.replace("Passage", "Passage:")
+        cut = self.mode == "cut-off" and text != ""
         return Completion(
             text=text[: len(text) // 3] if cut else text,
             finish="length" if cut else "stop" if text else "scored",
             prompt_tokens=len(prompt.split()),
             output_tokens=len(text.split()),
-            scores=scores,
+            scores=_scores(request, grades),
             prefill=0.001,
             decode=0.001 * len(text.split()),
         )
 
     def _graded(self, request: Request, docid: str) -> float:
-        grade = self.grade(request, docid)
-        if self.mode == "reversed":
-            return -grade
-        if self.mode == "noisy":
-            return grade + Random(f"{docid}:{len(request.shown)}").gauss(0, 0.5)
-        return grade
+        noise = 0.5 if self.mode == "noisy" else 0.0
+        return self.grade(request, docid) + Random(f"{docid}:{request.shown}").gauss(0, noise)
 
     def _text(self, prompt: str, grades: list[float]) -> str:
         if self.mode == "garbled":
             mess = ["", "I cannot say.", "[0] > [99]", "<answer>9 9</answer>", "[2]"]
             return Random(prompt).choice(mess)
-        order = sorted(range(len(grades)), key=lambda i: (-grades[i], i))
         if "true" in prompt and "false" in prompt:
             return " it is so.\n</think> true"
-        letters = bool(_LABELLED.search(prompt))
+        order = sorted(range(len(grades)), key=lambda i: -grades[i])
+        letters = 'Passage A: "' in prompt
         labels = [f"Passage {chr(65 + i)}" if letters else f"[{i + 1}]" for i in order]
-        permutes = "> [" in prompt or "[X] >" in prompt
-        answer = " > ".join(labels) if permutes else labels[0]
-        if "<answer>" in prompt:
-            answer = f"<answer>{answer}</answer>"
-            answer = (
-                f"<think> first [1], then [2] </think> {answer}" if "<think>" in prompt else answer
-            )
-        return answer
+        answer = " > ".join(labels) if "> [" in prompt or "[X] >" in prompt else labels[0]
+        thought = "<think> first [1], then [2] </think> " if "<think>" in prompt else ""
+        return f"{thought}<answer>{answer}</answer>" if "<answer>" in prompt else answer
+
+
+def _scores(request: Request, grades: list[float]) -> tuple[float, ...]:
+    """Log-probabilities: of a continuation's words, of two labels, or of a label per passage."""
+    if request.continuation is not None:
+        return (grades[0] - 2.0,) * len(request.continuation.split())
+    if not request.labels:
+        return ()
+    return tuple(g - 2.0 for g in grades) if len(grades) > 1 else (grades[0], 1 - grades[0])

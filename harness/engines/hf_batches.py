@@ -8,55 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from harness.types import digest
 
 Row = Sequence[int]
-Decode = Callable[[Row, Row], str]  # (the tokens before, the tokens) -> the text of the latter
+Rows = Sequence[Row]
+Scores = list[float]
 
 
 @dataclass(frozen=True)
 class Net:
-    """A loaded model, where it runs, what fills short rows and which tokens end a text."""
+    """A loaded model and everything but the prompt that decides its answers."""
 
     model: Any
     device: str
-    pad: int
+    pad: int  # fills short rows
     ends: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Generated:
-    """tokens may hold an end token and padding behind it; watched has one entry per step: the
-    log-probabilities of the row's watched tokens, before any sampling setting."""
-
-    tokens: list[int]
-    watched: list[tuple[float, ...]]
+    sampling: Mapping[str, float]
+    decode: Callable[[Row, Row], str]  # (tokens before, tokens) -> the text of the latter
 
 
 def padded(net: Net, rows: Sequence[Row]) -> dict[str, Any]:
     """Left-padded ids and mask, both (rows, longest row)."""
     import torch
 
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), net.pad, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
-        mask[i, width - len(row) :] = 1
-    return {"input_ids": ids.to(net.device), "attention_mask": mask.to(net.device)}
+    left = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    ids = [torch.tensor(row, device=net.device) for row in rows]
+    mask = left([torch.ones_like(row) for row in ids])
+    return {"input_ids": left(ids, padding_value=net.pad), "attention_mask": mask}
 
 
-def score(
-    net: Net, rows: Sequence[Row], places: Sequence[Row], targets: Sequence[Row]
-) -> list[tuple[float, ...]]:
-    """Log-probability of every target at its place, one tuple per row.
+def score(net: Net, rows: Rows, places: Rows, targets: Rows) -> list[Scores]:
+    """Log-probability of every target at its place, one list per row.
 
     A place counts from the row's end: -1 predicts the token that would come next.
     """
-    import torch
-
     keep = max((-at for row in places for at in row), default=1)
     inputs = padded(net, rows)
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -64,44 +52,32 @@ def score(
     scores = []
     for logits, at, wanted in zip(out.logits, places, targets):
         # One row at a time: float32 copies of a whole batch over a big vocabulary fill a GPU.
-        logp = torch.log_softmax(logits.float(), dim=-1)
-        scores.append(tuple(logp[list(at), list(wanted)].tolist()))
+        logp = logits.float().log_softmax(-1)
+        scores.append(logp[list(at), list(wanted)].tolist())
     return scores
 
 
 def generate(
-    net: Net,
-    rows: Sequence[Row],
-    *,
-    budget: int,
-    exact: bool,
-    stops: Sequence[str],
-    decode: Decode,
-    sampling: Mapping[str, float],
-    watched: Sequence[Row],
-) -> list[Generated]:
-    """At most (exact: just) `budget` new tokens for every row; nothing else decides them."""
-    from transformers import GenerationConfig
+    net: Net, rows: Rows, watched: Rows, budget: int, exact: bool, stops: Sequence[str]
+) -> list[tuple[list[int], tuple[Scores, ...]]]:
+    """Add at most (exact: just) `budget` tokens to every row.
 
-    inputs = padded(net, rows)
-    width = inputs["input_ids"].shape[1]
-    config = GenerationConfig(
+    Returns per row the new tokens, maybe with an end token and padding behind it, and for each of
+    them the log-probabilities of the row's watched tokens; every row watches equally many.
+    """
+    width = max(map(len, rows))
+    chooser = _Chooser(net, rows, watched)
+    out = net.model.generate(
+        **padded(net, rows),
         do_sample=False,  # _Chooser samples: its draws do not depend on the rest of the batch
         max_new_tokens=budget,
         min_new_tokens=budget if exact else None,
         eos_token_id=list(net.ends) or None,
         pad_token_id=net.pad,
-    )
-    chooser = _Chooser(net, rows, sampling, watched)
-    out = net.model.generate(
-        **inputs,
-        generation_config=config,
         logits_processor=[chooser],
-        stopping_criteria=[_Stop(stops, width, decode)] if stops else [],
+        stopping_criteria=[_stopper(net, width, stops)] if stops else [],
     )
-    return [
-        Generated(tokens, seen) for tokens, seen in zip(out[:, width:].tolist(), chooser.seen())
-    ]
+    return list(zip(out[:, width:].tolist(), zip(*(step.tolist() for step in chooser.seen))))
 
 
 class _Chooser:
@@ -111,97 +87,59 @@ class _Chooser:
     adds Gumbel noise (whose maximum is a draw from the softmax) from one generator per row.
     """
 
-    def __init__(
-        self, net: Net, rows: Sequence[Row], sampling: Mapping[str, float], watched: Sequence[Row]
-    ) -> None:
+    def __init__(self, net: Net, rows: Rows, watched: Rows) -> None:
         import torch
 
-        most = max(map(len, watched), default=0)
-        self.counts = [len(row) for row in watched]
-        self.watched = torch.tensor(
-            [[*row, *[0] * (most - len(row))] for row in watched], device=net.device
-        )
-        self.steps: list[Any] = []
-        self.lengths = [len(row) for row in rows]
-        self.width = max(self.lengths)
-        self.penalty = sampling["repetition_penalty"]
-        self.warpers = _warpers(sampling) if sampling["temperature"] else []
+        self.watched = torch.tensor(watched, dtype=torch.long, device=net.device)  # (rows, tokens)
+        self.seen: list[Any] = []  # one tensor like `watched` per step
+        self.starts = [max(map(len, rows)) - len(row) for row in rows]
+        self.warpers = _warpers(net.sampling)
         self.draws = []
-        if sampling["temperature"]:
-            seeds = [int(digest([sampling["seed"], list(row)])[:15], 16) for row in rows]
+        if net.sampling["temperature"]:
+            seeds = [int(digest([net.sampling["seed"], list(row)])[:15], 16) for row in rows]
             self.draws = [torch.Generator(net.device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, ids: Any, scores: Any) -> Any:
+        """ids (rows, tokens so far), scores (rows, vocabulary)."""
         import torch
 
-        if self.watched.numel():
-            self.steps.append(torch.log_softmax(scores, dim=-1).gather(1, self.watched))
-        if self.penalty != 1:
-            scores = self._penalised(ids, scores)
-        for warper in self.warpers:
-            scores = warper(ids, scores)
-        if self.draws:
-            blank = torch.empty_like(scores[0])
-            noise = [blank.clone().exponential_(generator=draw) for draw in self.draws]
-            scores = scores - torch.stack(noise).log()
-        return scores
+        self.seen.append(scores.log_softmax(-1).gather(1, self.watched))
+        if not self.warpers:
+            return scores
+        return torch.cat([self._sampled(i, ids[[i]], scores[[i]]) for i in range(len(ids))])
 
-    def _penalised(self, ids: Any, scores: Any) -> Any:
-        """transformers' own penalty would also count the padding as seen."""
-        import torch
-
-        scores = scores.clone()
-        for i, length in enumerate(self.lengths):
-            seen = ids[i, self.width - length :].unique()
-            old = scores[i, seen]
-            scores[i, seen] = torch.where(old < 0, old * self.penalty, old / self.penalty)
-        return scores
-
-    def seen(self) -> list[list[tuple[float, ...]]]:
-        """Per row and step, the watched log-probabilities."""
-        import torch
-
-        if not self.steps:
-            return [[] for _ in self.lengths]
-        by_row = torch.stack(self.steps, dim=1).tolist()
-        return [[tuple(step[:n]) for step in row] for row, n in zip(by_row, self.counts)]
+    def _sampled(self, i: int, ids: Any, scores: Any) -> Any:
+        """Row i alone, without its padding, which a penalty would count as seen."""
+        scores = self.warpers(ids[:, self.starts[i] :], scores)
+        if not self.draws:
+            return scores
+        return scores - scores.new_empty(scores.shape).exponential_(generator=self.draws[i]).log()
 
 
-def _warpers(sampling: Mapping[str, float]) -> list[Any]:
-    """The usual order: temperature, then the cuts; a neutral setting is left out."""
-    from transformers import (
-        MinPLogitsWarper,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+def _warpers(sampling: Mapping[str, float]) -> Any:
+    """transformers' own, in its own order; a neutral setting is left out."""
+    import transformers as hf
 
-    out = [TemperatureLogitsWarper(float(sampling["temperature"]))]
-    if sampling["top_k"] > 0:
-        out.append(TopKLogitsWarper(int(sampling["top_k"])))
-    if sampling["top_p"] < 1:
-        out.append(TopPLogitsWarper(float(sampling["top_p"])))
-    if sampling.get("min_p"):
-        out.append(MinPLogitsWarper(float(sampling["min_p"])))
-    return out
+    s, chosen = sampling, []
+    if s["repetition_penalty"] != 1:
+        chosen += [hf.RepetitionPenaltyLogitsProcessor(float(s["repetition_penalty"]))]
+    if s["temperature"]:
+        chosen += [hf.TemperatureLogitsWarper(float(s["temperature"]))]
+        chosen += [hf.TopKLogitsWarper(int(s["top_k"]))] if s["top_k"] > 0 else []
+        chosen += [hf.TopPLogitsWarper(float(s["top_p"]))] if s["top_p"] < 1 else []
+        chosen += [hf.MinPLogitsWarper(float(s["min_p"]))] if s.get("min_p") else []
+    return hf.LogitsProcessorList(chosen)
 
 
-class _Stop:
+def _stopper(net: Net, width: int, stops: Sequence[str]) -> Callable[..., Any]:
     """A stopping criterion over generated text alone: a prompt that holds a stop string, or the
     first half of one, does not end the answer."""
+    # A token is one byte or more, so a stop that just ended lies within so many tokens.
+    reach = max(len(stop.encode()) for stop in stops) + 1
 
-    def __init__(self, stops: Sequence[str], width: int, decode: Decode) -> None:
-        self.stops, self.width, self.decode = stops, width, decode
-        # A token is one byte or more, so a stop that just ended lies within so many tokens.
-        self.reach = max(len(stop.encode()) for stop in stops) + 1
+    def ended(row: list[int]) -> bool:
+        start = max(width, len(row) - reach)
+        text = net.decode(row[:start], row[start:])
+        return any(stop in text for stop in stops)
 
-    def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
-        import torch
-
-        done = [self._ended(row) for row in ids.tolist()]
-        return torch.tensor(done, device=ids.device)
-
-    def _ended(self, row: list[int]) -> bool:
-        start = max(self.width, len(row) - self.reach)
-        text = self.decode(row[:start], row[start:])
-        return any(stop in text for stop in self.stops)
+    return lambda ids, *_, **__: ids.new_tensor([ended(row) for row in ids.tolist()], dtype=bool)

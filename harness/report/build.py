@@ -14,19 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from harness.report import plots, tables
-from harness.report.plots import write_file
+from harness.published import Published
+from harness.report import plots, tables, writers
 from harness.report.tables import Table
+from harness.report.writers import write_file
 from harness.types import CellResult, DataError, RegistryError
 
 FORMATS = ("md", "csv", "tex", "html", "json", "all")
 DRAWN = {"md", "tex", "html"}  # formats whose reader wants the figures too
-CAPTIONS = {
-    "quality_against_generated_tokens": "Quality against generated tokens",
-    "quality_against_seconds": "Quality against engine time",
-    "quality_against_calls": "Quality against calls",
-    "gain_over_first_stage": "Gain over the first stage",
-}
 
 
 def write(
@@ -36,27 +31,25 @@ def write(
     *,
     texts: Mapping[str, Any] | None = None,
     with_text: bool = False,
+    published: Sequence[Published] = (),
     _fakes: bool = False,
 ) -> list[Path]:
     """Write the reports of these cells below `out`; the same cells give the same bytes.
 
-    texts and with_text are handed to the page: see page.render. Files of an earlier report that
-    this one would not write are left alone.
+    texts and with_text are handed to the page: see page.render. published figures stand in the
+    quality table. Files of an earlier report that this one would not write are left alone.
     """
-    wanted = _known(formats)
-    placed = arranged(cells)
-    made = {
-        "quality": tables.quality(placed, baseline="first-stage", _fakes=_fakes),
-        "efficiency": tables.efficiency(placed, _fakes=_fakes),
-    }
-    paths = [
-        write_file(out / f"{name}.{kind}", _printed(table, kind, name))
+    wanted, placed = _known(formats), arranged(cells)
+    quality = tables.quality(placed, published, baseline="first-stage", _fakes=_fakes)
+    made = {"quality": quality, "efficiency": tables.efficiency(placed, _fakes=_fakes)}
+    printed = {
+        f"{name}.{kind}": _printed(table, kind, name)
         for kind in sorted(wanted - {"html"})
         for name, table in made.items()
-    ]
+    }
     if "csv" in wanted:
-        long = tables.to_long_csv(placed, _fakes=_fakes)
-        paths.append(write_file(out / "results_long.csv", long))
+        printed["results_long.csv"] = writers.to_long_csv(placed, _fakes=_fakes)
+    paths = [write_file(out / name, text) for name, text in printed.items()]
     drawn = _plots(placed, out / "plots", _fakes) if wanted & DRAWN else []
     paths += drawn
     if "md" in wanted:
@@ -76,18 +69,15 @@ def _known(formats: Sequence[str]) -> set[str]:
 
 
 def arranged(cells: Sequence[CellResult]) -> list[CellResult]:
-    """By dataset and first stage as they come, the baselines around the models."""
+    """By dataset as they come, then as in every table."""
     datasets = list(dict.fromkeys(cell.dataset for cell in cells))
-    blocks = list(dict.fromkeys(tables.block_of(cell) for cell in cells))
-
-    def place(cell: CellResult) -> tuple[int, int]:
-        return datasets.index(cell.dataset), blocks.index(tables.block_of(cell))
-
-    return sorted(tables.ordered(cells), key=place)
+    return sorted(tables.shown(cells, fakes=True), key=lambda cell: datasets.index(cell.dataset))
 
 
 def _printed(table: Table, kind: str, name: str) -> str:
-    return tables.to_latex(table, f"tab:{name}") if kind == "tex" else tables.WRITERS[kind](table)
+    if kind == "tex":
+        return writers.to_latex(table, f"tab:{name}")
+    return writers.WRITERS[kind](table)
 
 
 def _plots(cells: Sequence[CellResult], out: Path, fakes: bool) -> list[Path]:
@@ -105,17 +95,14 @@ def _plots(cells: Sequence[CellResult], out: Path, fakes: bool) -> list[Path]:
 
 def _pairs(cells: Sequence[CellResult], fakes: bool) -> list[tuple[CellResult, CellResult]]:
     """The best model of every dataset and first stage, beside that first stage."""
-    used = [cell for cell in tables.shown(cells, fakes) if cell.record["state"] == "complete"]
+    used = [cell for cell in tables.shown(cells, fakes) if tables.is_complete(cell)]
     firsts = tables.companions(used, "first-stage")
-    best: dict[tuple[str, str], CellResult] = {}
-    for cell in used:
-        place = (cell.dataset, tables.block_of(cell))
-        value = tables.score(cell)
-        if tables.is_sanity(cell) or tables.is_latency(cell) or value is None:
-            continue
-        if place in firsts and (place not in best or value > (tables.score(best[place]) or 0)):
-            best[place] = cell
-    return [(cell, firsts[place]) for place, cell in best.items()]
+    ranked = sorted(
+        (c for c in used if tables.MEASURE in c.measures and not tables.is_sanity(c)),
+        key=lambda cell: cell.measures[tables.MEASURE],
+    )
+    best = {(c.dataset, tables.block_of(c)): c for c in ranked if not tables.is_latency(c)}
+    return [(best[place], firsts[place]) for place in firsts if place in best]
 
 
 def _index(
@@ -124,14 +111,10 @@ def _index(
     """The tables and figures one below the other, for a reader on the web."""
     parts = ["# Results", "Generated from finished cells; edits are lost with the next report."]
     for table in made.values():
-        parts += [f"## {table.title}", tables.to_markdown(replace(table, title="")).strip()]
+        parts += [f"## {table.title}", writers.to_markdown(replace(table, title="")).strip()]
     figures = [path for path in drawn if path.suffix == ".png"]
     parts += ["## Figures"] * bool(figures)
-    parts += [f"![{_caption(path.stem)}](plots/{path.name})" for path in figures]
+    parts += [f"![{path.stem.replace('_', ' ')}](plots/{path.name})" for path in figures]
     others = sorted(path.relative_to(out).as_posix() for path in paths if path.suffix != ".png")
     parts += ["## Files", "\n".join(f"- [{name}]({name})" for name in others)]
     return "\n\n".join(parts) + "\n"
-
-
-def _caption(stem: str) -> str:
-    return CAPTIONS.get(stem, "Per query: " + stem.removeprefix("per_query_").replace("_", " "))

@@ -1,35 +1,37 @@
-"""Tables of finished cells: one model of a table, and every format printed from it.
+"""Tables of finished cells: the model of a table, and what stands in each of them.
 
 A number is rounded once, when its Value is made, so no two formats can disagree. It must not know
-how a cell was run: it reads records and per-query rows alone.
+how a cell was run, nor any format: it reads records and per-query rows alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import html
-import io
-import json
 import math
-import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import chain, groupby
-from textwrap import wrap
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import sub
 from typing import Any, Literal
 
+from harness.published import Published
 from harness.stats import align, holm, minimal_detectable, sign_flip
 from harness.types import CellResult, DataError
 
-SANITY = ("first-stage", "random", "reverse", "oracle")  # ask no model, compete for no mark
-ALPHA = 0.05
-ABSENT = "—"
-SIGNIFICANT, PARTIAL, IN_DOMAIN, FAKE = "†", "‡", "§", "¶"
 MEASURE = "nDCG@10"
+SANITY = ("first-stage", "random", "reverse", "oracle")  # ask no model, compete for no mark
+ABSENT, SIGNIFICANT, PARTIAL, IN_DOMAIN, FAKE = "—", "†", "‡", "§", "¶"
+SIGNS = {
+    IN_DOMAIN: "in-domain: the model was trained on queries of this collection.",
+    PARTIAL: "not the whole query set: comparable within its column only.",
+    FAKE: "answered by the fake engine: not a result.",
+    ABSENT: "not run; no average is printed where a dataset of the row is missing.",
+}
 Mark = Literal["", "best", "second"]
+MARKS: tuple[Mark, ...] = ("best", "second")
+Better = Literal["", "high", "low"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,12 @@ class Column:
     key: str
     head: str
     group: str = ""
-    better: Literal["", "high", "low"] = ""
+    better: Better = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """number: unrounded, None when absent; text: rounded; note: footnote signs, set superscript."""
+    """number: unrounded, None when absent or a range; note: footnote signs, set superscript."""
 
     number: float | None
     text: str
@@ -59,6 +61,7 @@ class Row:
     label: str
     group: str
     cells: tuple[Value, ...]
+    kind: Literal["measured", "published"] = "measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +84,22 @@ def rounded(number: float, digits: int, signed: bool = False) -> str:
 def value(number: float | None, digits: int, *, signed: bool = False, note: str = "") -> Value:
     """A printable number; None becomes an em-dash, never 0."""
     if number is None:
-        return Value(None, ABSENT, note=note)
+        return Value(None, ABSENT)
     return Value(number, rounded(number, digits, signed), note=note)
 
 
 # --- cells ------------------------------------------------------------------------------------
+
+Place = tuple[str, str]  # dataset, block
+
+
+def part(cell: CellResult, *names: str) -> Mapping[str, Any]:
+    """A section of the record; empty where a failed or imported cell has none."""
+    found = cell.record
+    for name in names:
+        below = found.get(name)
+        found = below if isinstance(below, Mapping) else {}
+    return found
 
 
 def is_sanity(cell: CellResult) -> bool:
@@ -93,25 +107,24 @@ def is_sanity(cell: CellResult) -> bool:
     return cell.record["model"]["method"] in SANITY
 
 
-def part(cell: CellResult, name: str) -> Mapping[str, Any]:
-    """A section of the record; empty where a failed or imported cell has none."""
-    return cell.record.get(name) or {}
+def is_complete(cell: CellResult) -> bool:
+    """Was every query answered?"""
+    return bool(cell.record["state"] == "complete")
 
 
 def is_fake(cell: CellResult) -> bool:
     """Did the test engine answer? Such a cell is never a result."""
-    engine = part(cell, "environment").get("engine") or {}
-    return bool(engine.get("engine") == "fake")
+    return part(cell, "environment", "engine").get("engine") == "fake"
 
 
 def is_latency(cell: CellResult) -> bool:
     """Was it run one query at a time, for its times?"""
-    return bool(part(cell, "protocol").get("kind") == "latency")
+    return part(cell, "protocol").get("kind") == "latency"
 
 
 def first_stage_of(cell: CellResult) -> str:
-    """The first stage without its depth, which has a column of its own."""
-    return re.sub(r"\+depth=\d+$", "", cell.first_stage)
+    """The first stage without its depth."""
+    return cell.first_stage.removesuffix(f"+depth={cell.record['depth']}")
 
 
 def block_of(cell: CellResult) -> str:
@@ -126,20 +139,16 @@ def short(cell: CellResult) -> str:
     return name if limit is None else f"{name}, first {limit}"
 
 
-def ordered(cells: Iterable[CellResult]) -> list[CellResult]:
-    """First stage, the other baselines, models as given, the oracle last."""
-    place = {"first-stage": 0, "random": 1, "reverse": 1, "oracle": 3}
-    return sorted(cells, key=lambda cell: place.get(str(cell.record["model"]["method"]), 2))
-
-
 def shown(cells: Iterable[CellResult], fakes: bool = False) -> list[CellResult]:
-    """The cells that a report may show, in table order."""
-    return [cell for cell in ordered(cells) if fakes or not is_fake(cell)]
+    """What a report may show, by block: first stage, other baselines, models as given, oracle."""
+    allowed = [cell for cell in cells if fakes or not is_fake(cell)]
+    blocks = list(dict.fromkeys(map(block_of, allowed)))
+    order = {"first-stage": 0, "random": 1, "reverse": 1, "oracle": 3}
 
+    def place(cell: CellResult) -> tuple[int, int]:
+        return blocks.index(block_of(cell)), order.get(cell.record["model"]["method"], 2)
 
-def score(cell: CellResult, measure: str = MEASURE) -> float | None:
-    """The cell's mean, None when it failed or has no such measure."""
-    return cell.measures.get(measure) if cell.record["state"] != "failed" else None
+    return sorted(allowed, key=place)
 
 
 def cost(cell: CellResult, key: str) -> float | None:
@@ -148,578 +157,348 @@ def cost(cell: CellResult, key: str) -> float | None:
     return None if total is None or not queries else total / queries
 
 
-def companions(cells: Iterable[CellResult], method: str) -> dict[tuple[str, str], CellResult]:
-    """The baseline of that method for every (dataset, block)."""
+def companions(cells: Iterable[CellResult], method: str) -> dict[Place, CellResult]:
+    """The baseline of that method at every place."""
     found = [cell for cell in cells if cell.record["model"]["method"] == method]
     return {(cell.dataset, block_of(cell)): cell for cell in found}
 
 
 def gain(
-    cell: CellResult, baselines: Mapping[tuple[str, str], CellResult], measure: str = MEASURE
+    cell: CellResult, baselines: Mapping[Place, CellResult], measure: str = MEASURE
 ) -> float | None:
-    """Mean of the cell minus that of its baseline."""
-    base = baselines.get((cell.dataset, block_of(cell)))
-    ours, theirs = score(cell, measure), score(base, measure) if base else None
-    return None if ours is None or theirs is None else ours - theirs
+    """Mean of the cell minus that of its baseline; None for the baseline itself."""
+    base = baselines.get((cell.dataset, block_of(cell)), cell)
+    known = base is not cell and measure in cell.measures and measure in base.measures
+    return cell.measures[measure] - base.measures[measure] if known else None
 
 
 # --- quality ----------------------------------------------------------------------------------
 
 Key = tuple[str, str, str]  # block, model, column
+Grid = Mapping[Key, CellResult]
+Tests = Mapping[Key, tuple[list[float], list[float]]]  # per-query values, and the baseline's
 
 
 def quality(
     cells: Sequence[CellResult],
-    measure: str = MEASURE,
-    scale: float = 100,
-    digits: int = 1,
+    published: Sequence[Published] = (),
     *,
     baseline: str = "",
+    everything: bool = False,
     _fakes: bool = False,
 ) -> Table:
-    """Models x datasets, a block for each first stage and depth.
+    """nDCG@10 x 100, models x datasets; a block for each first stage and depth.
 
-    `baseline` names the row (as a rule "first-stage") that the others are tested against.
+    baseline    the row, as a rule "first-stage", that the others are tested against
+    published   figures to print below the row of their model; of all models with `everything`
     """
-    used = shown((cell for cell in cells if not is_latency(cell)), _fakes)
+    used = [cell for cell in shown(cells, _fakes) if not is_latency(cell)]
     grid = {(block_of(cell), cell.model, cell.dataset): cell for cell in used}
-    family = _compared(grid, baseline, measure)
-    p_values = holm([sign_flip(*pair) for pair in family.values()])
-    signs = {key: SIGNIFICANT for key, p in zip(family, p_values, strict=True) if p < ALPHA}
-    numbers = {
-        key: n * scale for key, cell in grid.items() if (n := score(cell, measure)) is not None
-    }
-    numbers |= _averages(numbers, grid)
-    marks = _marks(numbers, grid)
-    columns = _columns(used)
-
-    def at(key: Key) -> Value:
-        note = _note(grid[key]) if key in grid and key in numbers else ""
-        found = value(numbers.get(key), digits, note=note + signs.get(key, ""))
-        return replace(found, mark=marks.get(key, ""))
-
-    rows = tuple(
-        Row(model, block, tuple(at((block, model, column.key)) for column in columns))
-        for block in dict.fromkeys(block for block, _, _ in grid)
-        for model in dict.fromkeys(model for other, model, _ in grid if other == block)
-    )
-    unit = measure + (f" x {scale:g}" if scale != 1 else "")
-    power = _power(family, {column.key: column.head for column in columns}, scale)
-    below = (_signs(rows), _missing(used, rows), _mixed(used), power, _inputs(used))
-    notes = (*chain(*below), *_left_out(cells, used))
-    caption = _caption(unit, used, baseline, len(family))
-    return Table("Ranking quality", columns, rows, notes, caption)
+    columns, tests = _columns(used), _tests(grid, baseline)
+    rows = _rows(grid, columns, tests)
+    told = _told([*_warnings(used), *_left_out(cells, used)])
+    notes = [*_signs(rows), *_mixed(used), *_power(tests, columns), *told]
+    caption = _caption(used, baseline, len(tests)) if used else "No finished cells."
+    table = Table("Ranking quality", tuple(columns), tuple(rows), tuple(notes), caption)
+    return _with_published(table, published, everything) if published else table
 
 
-def _caption(unit: str, cells: Sequence[CellResult], baseline: str, family: int) -> str:
-    if not cells:
-        return "No finished cells."
-    depths = sorted({int(cell.record["depth"]) for cell in cells})
-    text = (
-        f"{unit} after reranking the top {', '.join(map(str, depths))} of each first stage."
-        f" Queries: {_queries(cells)}. Best in bold, second best underlined, by block and column."
-    )
-    if not family:
-        return text
-    return (
-        f"{text} {SIGNIFICANT}: differs from {baseline} (two-sided paired randomisation test over"
-        f" queries, alpha {ALPHA}, Holm over the {family} comparisons of this table)."
-    )
-
-
-def _suites(cells: Iterable[CellResult]) -> dict[str, dict[str, CellResult]]:
-    """suite -> dataset label -> one cell of it, as first met."""
-    suites: dict[str, dict[str, CellResult]] = {}
+def _columns(cells: Sequence[CellResult]) -> dict[Column, list[str]]:
+    """Every column and the datasets it is over: each one by suite, then the suite's average."""
+    suites: dict[str, dict[str, CellResult]] = defaultdict(dict)
     for cell in cells:
         dataset = cell.record["dataset"]
-        suite = str(dataset.get("suite") or dataset.get("family") or "")
-        suites.setdefault(suite, {}).setdefault(cell.dataset, cell)
-    return suites
-
-
-def _averaged(cells: Iterable[CellResult]) -> dict[str, list[str]]:
-    """suite -> the datasets that its average is over; only where there are several whole ones."""
-    whole = {
-        suite: [name for name, cell in datasets.items() if not _is_limited(cell)]
-        for suite, datasets in _suites(cells).items()
-    }
-    return {suite: names for suite, names in whole.items() if len(names) > 1}
-
-
-def _is_limited(cell: CellResult) -> bool:
-    return cell.record.get("limit") is not None
-
-
-def _columns(cells: Sequence[CellResult]) -> tuple[Column, ...]:
-    """Datasets by suite, each suite's average last."""
-    suites, averaged = _suites(cells), _averaged(cells)
-    columns: list[Column] = []
-    for suite, datasets in suites.items():
+        suites[str(dataset.get("suite") or dataset.get("family") or "")][cell.dataset] = cell
+    columns: dict[Column, list[str]] = {}
+    for suite, found in suites.items():
         group = suite if len(suites) > 1 else ""
-        columns += [Column(name, short(cell), group, "high") for name, cell in datasets.items()]
-        if suite in averaged:
-            head = f"avg. of {len(averaged[suite])}"
-            columns.append(Column(f"average {suite}", head, group, "high"))
-    return tuple(columns)
+        columns |= {Column(name, short(c), group, "high"): [name] for name, c in found.items()}
+        whole = [name for name, cell in found.items() if cell.record.get("limit") is None]
+        if len(whole) > 1:
+            columns[Column(f"average {suite}", f"avg. of {len(whole)}", group, "high")] = whole
+    return columns
 
 
-def _averages(numbers: Mapping[Key, float], grid: Mapping[Key, CellResult]) -> dict[Key, float]:
-    """Macro averages; none where a dataset of the row is missing or not complete."""
-    out: dict[Key, float] = {}
-    for suite, names in _averaged(grid.values()).items():
-        for block, model in dict.fromkeys((block, model) for block, model, _ in grid):
-            keys = [(block, model, name) for name in names]
-            if all(key in numbers and grid[key].record["state"] == "complete" for key in keys):
-                mean = math.fsum(numbers[key] for key in keys) / len(keys)
-                out[block, model, f"average {suite}"] = mean
-    return out
+def _rows(grid: Grid, columns: Mapping[Column, list[str]], tests: Tests) -> list[Row]:
+    places = dict.fromkeys(key[:2] for key in grid)
+    numbers = {
+        (*place, column.key): number
+        for place in places
+        for column, datasets in columns.items()
+        if (number := _mean([grid.get((*place, name)) for name in datasets])) is not None
+    }
+    marks, significant = _marks(numbers, grid), _significant(tests)
+
+    def at(key: Key) -> Value:
+        note = (_sign(grid[key]) if key in grid else "") + SIGNIFICANT * (key in significant)
+        return replace(value(numbers.get(key), 1, note=note), mark=marks.get(key, ""))
+
+    return [
+        Row(model, block, tuple(at((block, model, column.key)) for column in columns))
+        for block, model in places
+    ]
 
 
-def _marks(numbers: Mapping[Key, float], grid: Mapping[Key, CellResult]) -> dict[Key, Mark]:
-    """Best and second of every block and column on unrounded values; ties share the mark."""
+def _mean(cells: Sequence[CellResult | None]) -> float | None:
+    """Times 100. None as soon as one is missing; of several, all have to be complete."""
+    known = [cell for cell in cells if cell and (len(cells) == 1 or is_complete(cell))]
+    values = [100 * cell.measures[MEASURE] for cell in known if MEASURE in cell.measures]
+    return math.fsum(values) / len(values) if values and len(values) == len(cells) else None
+
+
+def _marks(numbers: Mapping[Key, float], grid: Grid) -> dict[Key, Mark]:
+    """Best and second of every block and column, before rounding; ties share the mark."""
     barred = {key[:2] for key, cell in grid.items() if is_sanity(cell)}
-    races: dict[tuple[str, str], dict[Key, float]] = {}
+    races: dict[Place, dict[Key, float]] = defaultdict(dict)
     for key, number in numbers.items():
-        complete = key not in grid or grid[key].record["state"] == "complete"
-        if key[:2] not in barred and complete:
-            # the last digits of a sum depend on its order
-            races.setdefault((key[0], key[2]), {})[key] = round(number, 9)
+        if key[:2] not in barred and (key not in grid or is_complete(grid[key])):
+            races[key[0], key[2]][key] = round(number, 9)  # equal sums differ in the last digits
     marks: dict[Key, Mark] = {}
     for race in races.values():
-        if len(race) > 1:
-            best, *others = sorted(set(race.values()), reverse=True)
-            marks |= {key: "best" for key, number in race.items() if number == best}
-            marks |= {key: "second" for key, number in race.items() if number in others[:1]}
+        names = dict(zip(sorted(set(race.values()), reverse=True), MARKS))
+        marks |= {key: names[n] for key, n in race.items() if n in names and len(race) > 1}
     return marks
 
 
-Pair = tuple[list[float], list[float]]  # per-query values of a cell and of its baseline
-
-
-def _compared(grid: Mapping[Key, CellResult], baseline: str, measure: str) -> dict[Key, Pair]:
+def _tests(grid: Grid, baseline: str) -> Tests:
     """Every complete cell beside the baseline of its block and dataset: the family tested."""
-    found: dict[Key, Pair] = {}
+    tests = {}
     for (block, model, dataset), cell in grid.items():
-        base = grid.get((block, baseline, dataset))
-        if base is None or base is cell or is_sanity(cell):
-            continue
-        if {base.record["state"], cell.record["state"]} == {"complete"}:
+        base = grid.get((block, baseline, dataset), cell)
+        if base is not cell and not is_sanity(cell) and is_complete(base) and is_complete(cell):
             with contextlib.suppress(DataError):  # other queries: _mixed says so
-                found[block, model, dataset] = align(cell, base, measure)
-    return found
+                tests[block, model, dataset] = align(cell, base, MEASURE)
+    return tests
 
 
-def _power(family: Mapping[Key, Pair], heads: Mapping[str, str], scale: float) -> Iterator[str]:
-    """What the tests could have seen, from the median spread of the differences."""
-    spreads: dict[str, list[float]] = {}
-    sizes: dict[str, int] = {}
-    for (_, _, dataset), (ours, theirs) in family.items():
+def _significant(tests: Tests) -> set[Key]:
+    p_values = holm([sign_flip(*pair) for pair in tests.values()])
+    return {key for key, p in zip(tests, p_values) if p < 0.05}
+
+
+# --- captions and notes -----------------------------------------------------------------------
+
+
+def _caption(cells: Sequence[CellResult], baseline: str, tests: int) -> str:
+    depths = sorted({int(cell.record["depth"]) for cell in cells})
+    sizes = dict.fromkeys((cell.record.get("queries"), short(cell)) for cell in cells)
+    text = (
+        f"{MEASURE} x 100 after reranking the top {', '.join(map(str, depths))} of each first"
+        f" stage. Queries: {', '.join(f'{n} ({name})' for n, name in sizes if n) or 'none'}."
+        " Best in bold, second best underlined, by block and column."
+    )
+    test = (
+        f" {SIGNIFICANT}: differs from {baseline} (two-sided paired randomisation test over"
+        f" queries, alpha 0.05, Holm over the {tests} comparisons of this table)."
+    )
+    return text + test * bool(tests)
+
+
+def _sign(cell: CellResult) -> str:
+    partial = not is_complete(cell) or cell.record.get("limit") is not None
+    in_domain = bool(cell.record["dataset"].get("in_domain"))
+    return PARTIAL * partial + IN_DOMAIN * in_domain + FAKE * is_fake(cell)
+
+
+def _signs(rows: Iterable[Row]) -> list[str]:
+    used = {sign for row in rows for v in row.cells for sign in v.note + v.text}
+    return [f"{sign} {text}" for sign, text in SIGNS.items() if sign in used]
+
+
+def _warnings(cells: Sequence[CellResult]) -> Iterator[tuple[str, str]]:
+    """What a reader has to know of cells that are shown: the text, and the model it is about."""
+    for cell in cells:
+        where = f"{short(cell)} ({block_of(cell)})"
+        if cell.record["state"] == "failed":
+            error = cell.record.get("error", "no reason recorded")
+            yield f"Failed on {where}, {error}", cell.model
+        for name, count in sorted(part(cell, "inputs").items()):
+            yield f"{name.replace('_', ' ').capitalize()}: {count} on {where}", cell.model
+        for weights in ("base", "adapter"):
+            if part(cell, "environment", "engine", weights).get("revision") == "main":
+                yield "Revision not pinned (main)", cell.model
+
+
+def _left_out(cells: Sequence[CellResult], used: Sequence[CellResult]) -> Iterator[tuple[str, str]]:
+    for cell in cells:
+        if cell not in used and cell.record["state"] != "failed":
+            why = "answered by the fake engine" if is_fake(cell) else "a latency run"
+            yield f"Left out, {why}", cell.model
+
+
+def _told(warnings: Iterable[tuple[str, str]]) -> list[str]:
+    """One note for all models that a warning is about."""
+    models: dict[str, dict[str, None]] = defaultdict(dict)
+    for text, model in warnings:
+        models[text][model] = None
+    return [f"{text}: {', '.join(found)}." for text, found in models.items()]
+
+
+def _mixed(cells: Sequence[CellResult]) -> list[str]:
+    """Rows that must not be compared although their names agree."""
+    kinds: dict[str, set[Any]] = defaultdict(set)
+    for cell in filter(is_complete, cells):
+        candidates = cell.record["first_stage"].get("sha256"), cell.record.get("queries")
+        kinds[f"{short(cell)} ({block_of(cell)})"].add(candidates)
+    mixed = [where for where, found in kinds.items() if len(found) > 1]
+    return [f"Not comparable: {where} has cells over different candidates." for where in mixed]
+
+
+def _power(tests: Tests, columns: Iterable[Column]) -> Iterator[str]:
+    """What the tests could have seen: the median of a column's minimal differences."""
+    least: dict[str, list[float]] = defaultdict(list)
+    for (_, _, dataset), (ours, theirs) in tests.items():
         if len(ours) > 1:
-            differences = [a - b for a, b in zip(ours, theirs)]
-            spreads.setdefault(dataset, []).append(statistics.stdev(differences))
-            sizes[dataset] = len(ours)
-    if spreads:
-        least = {
-            name: minimal_detectable(statistics.median(sd), sizes[name]) * scale
-            for name, sd in spreads.items()
-        }
-        text = ", ".join(f"{rounded(number, 1)} ({heads[name]})" for name, number in least.items())
+            spread = statistics.stdev(map(sub, ours, theirs))
+            least[dataset].append(100 * minimal_detectable(spread, len(ours)))
+    medians = {c.head: statistics.median(least[c.key]) for c in columns if c.key in least}
+    if medians:
+        text = ", ".join(f"{rounded(number, 1)} ({head})" for head, number in medians.items())
         yield f"Least difference that one test finds with power 0.8: {text}."
 
 
-def _mixed(cells: Sequence[CellResult]) -> Iterator[str]:
-    """Rows that must not be compared although their names agree."""
-    inputs: dict[tuple[str, str], set[Any]] = {}
-    for cell in cells:
-        stage = cell.record["first_stage"].get("sha256"), cell.record.get("queries")
-        if cell.record["state"] == "complete":
-            inputs.setdefault((short(cell), block_of(cell)), set()).add(stage)
-    for (dataset, block), kinds in inputs.items():
-        if len(kinds) > 1:
-            yield f"Not comparable: {dataset} ({block}) has cells over different candidates."
+# --- published figures ------------------------------------------------------------------------
 
 
-def _note(cell: CellResult) -> str:
-    partial = cell.record["state"] != "complete" or _is_limited(cell)
-    in_domain = cell.record["dataset"].get("in_domain")
-    return PARTIAL * partial + IN_DOMAIN * bool(in_domain) + FAKE * is_fake(cell)
+def _with_published(table: Table, published: Iterable[Published], everything: bool) -> Table:
+    """Put figures below the rows of their model, where first stage and depth agree."""
+    heads = {column.key: column.head for column in table.columns}
+    figures = [p for p in published if p.measure == MEASURE and p.dataset in heads]
+    rows: list[Row] = []
+    sources: list[tuple[str, str]] = []
+    for block, measured in groupby(table.rows, lambda row: row.group):
+        families: dict[str, list[Row]] = defaultdict(list)
+        for row in measured:  # a variant of a model stands for the model
+            families[row.label.partition("@")[0]].append(row)
+        found = {name: [p for p in figures if p.model == name] for name in families}
+        for p in figures if everything else ():
+            if p.model not in families and _block(p) == block:
+                found.setdefault(p.name_as_published, []).append(p)
+        for name, some in found.items():
+            here = [p for p in some if _block(p) == block]
+            rows += families[name] + [_published_row(name, block, here, heads)] * bool(here)
+            sources += _sources(name, block, some, heads)
+    caption = f"{table.caption} (published): printed elsewhere, not measured here; never marked."
+    notes = (*table.notes, *_told(sources))
+    return replace(table, rows=tuple(rows), notes=notes, caption=caption)
 
 
-def _queries(cells: Sequence[CellResult]) -> str:
-    """As in "43 (DL19), 54 (DL20)"."""
-    counts: dict[str, set[int]] = {}
-    for cell in cells:
-        if queries := cell.record.get("queries"):
-            counts.setdefault(short(cell), set()).add(queries)
-    return ", ".join(f"{_or(numbers)} ({name})" for name, numbers in counts.items()) or "none"
+def _block(figure: Published) -> str:
+    name, _, depth = figure.first_stage.partition("+depth=")
+    return f"{name or 'unnamed candidates'}, top {depth or 100}"
 
 
-def _or(numbers: Iterable[int]) -> str:
-    return " or ".join(str(number) for number in sorted(numbers))
+def _published_row(
+    name: str, block: str, figures: Iterable[Published], datasets: Iterable[str]
+) -> Row:
+    """Sources that differ in print make a range, which has no number."""
+    numbers = [sorted(p.value for p in figures if p.dataset == dataset) for dataset in datasets]
+    values = [value(min(some, default=None), 1) for some in numbers]
+    tops = [value(max(some, default=None), 1) for some in numbers]
+    cells = [
+        low if low.text == top.text else Value(None, f"{low.text}-{top.text}")
+        for low, top in zip(values, tops)
+    ]
+    return Row(f"{name} (published)", block, tuple(cells), "published")
 
 
-def _signs(rows: Sequence[Row]) -> Iterator[str]:
-    used = {sign for row in rows for v in row.cells for sign in v.note}
-    if IN_DOMAIN in used:
-        yield f"{IN_DOMAIN} in-domain: the model was trained on queries of this collection."
-    if PARTIAL in used:
-        yield f"{PARTIAL} not the whole query set: comparable within its column only."
-    if FAKE in used:
-        yield f"{FAKE} answered by the fake engine: not a result."
-
-
-def _missing(cells: Sequence[CellResult], rows: Sequence[Row]) -> Iterator[str]:
-    if any(v.number is None for row in rows for v in row.cells):
-        yield f"{ABSENT} not run; no average is printed where a dataset of the row is missing."
-    for cell in cells:
-        if cell.record["state"] == "failed":
-            error = cell.record.get("error", "no reason recorded")
-            yield f"{cell.model} failed on {short(cell)} ({block_of(cell)}): {error}"
-
-
-def _inputs(cells: Sequence[CellResult]) -> Iterator[str]:
-    """What the inputs lost on the way, by model, and what cannot be run again as it was."""
-    found: dict[str, dict[str, list[str]]] = {}  # what -> where and how many -> models
-    for cell in cells:
-        for name, count in part(cell, "inputs").items():
-            place = f"{count} on {short(cell)} ({block_of(cell)})"
-            found.setdefault(name, {}).setdefault(place, []).append(cell.model)
-    for name, places in sorted(found.items()):
-        detail = "; ".join(f"{place}: {', '.join(models)}" for place, models in places.items())
-        yield f"{name.replace('_', ' ').capitalize()}: {detail}."
-    if unpinned := dict.fromkeys(cell.model for cell in cells if _is_unpinned(cell)):
-        yield f"Revision not pinned (main): {', '.join(unpinned)}."
-
-
-def _is_unpinned(cell: CellResult) -> bool:
-    engine = part(cell, "environment").get("engine") or {}
-    parts = (engine.get("base"), engine.get("adapter"))
-    return any(isinstance(found, Mapping) and found.get("revision") == "main" for found in parts)
-
-
-def _left_out(cells: Sequence[CellResult], used: Sequence[CellResult]) -> Iterator[str]:
-    left = [cell for cell in cells if cell not in used and cell.record["state"] != "failed"]
-    fakes = sum(is_fake(cell) for cell in left)
-    for number, why in (
-        (fakes, "answered by the fake engine"),
-        (len(left) - fakes, "of latency runs"),
-    ):
-        if number:
-            yield f"Left out: {number} cell{'s' * (number > 1)} {why}."
+def _sources(
+    name: str, block: str, figures: Sequence[Published], heads: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Where every figure stands in print; also of those that are over other candidates."""
+    covered = {p.dataset for p in figures if _block(p) == block}
+    for p in figures:
+        if _block(p) == block:
+            low = ", low confidence" * (p.confidence == "low")
+            text = f"{name} (published), {block}: {p.name_as_published} in {p.source}{low}"
+            yield text, f"{heads[p.dataset]} {p.value:g}"
+        elif p.dataset not in covered and name != "first-stage":
+            text = f"{name} (published), not shown beside {block}, for it is over other candidates"
+            yield text, f"{heads[p.dataset]} ({_block(p)})"
 
 
 # --- efficiency and summary -------------------------------------------------------------------
 
-Field = tuple[Column, int, Callable[[CellResult], float | None]]  # head, digits, number
+COLUMNS: dict[str, tuple[str, int, Better]] = {  # head, digits; a key that is not here is a measure
+    "gain": ("gain", 4, "high"), "calls": ("calls/q", 1, "low"), "rounds": ("rounds/q", 1, "low"),
+    "prompt_tokens": ("tokens in/q", 0, "low"), "generated_tokens": ("tokens out/q", 0, "low"),
+    "seconds": ("s/q", 2, "low"), "queries_per_second": ("queries/s", 3, "high"),
+    "gain_share": ("% of gain", 1, "high"), "unparsable": ("unparsed %", 1, "low"),
+    "cut_off": ("cut off %", 1, "low"), "no_op": ("no-op %", 1, ""), "kendall_tau": ("tau", 2, ""),
+    "latency_median": ("median s", 2, "low"), "latency_p90": ("p90 s", 2, "low"),
+    "faults": ("faults", 0, "low"),
+}  # fmt: skip
+COSTS = ("calls", "rounds", "prompt_tokens", "generated_tokens", "seconds")
+FAULTS = ("unparsable", "cut_off")
+EFFICIENCY = (*COSTS, "queries_per_second", "gain_share", *FAULTS, "no_op", "kendall_tau")
+SUMMARY = ("gain", "calls", "rounds", "generated_tokens", "seconds", "faults")
+EXPLAINED = (
+    "calls/q, rounds/q: engine calls of a query, and those that must wait for one another.",
+    "s/q: engine time, a batch's divided among its calls, also of answers from a cache.",
+    "queries/s: by the clock, absent as soon as one answer came from a cache.",
+    "% of gain: gain over the first stage in nDCG@10, of the gain of a perfect reranking.",
+    "unparsed: answers that could not be read. no-op: answers that left the order as it was.",
+    "tau: Kendall's rank correlation with the first stage.",
+)
 
 
 def efficiency(cells: Sequence[CellResult], *, _fakes: bool = False) -> Table:
     """What every model cost and did, one block for dataset and first stage, both protocols."""
     used = [cell for cell in shown(cells, _fakes) if cell.record["state"] != "failed"]
-    first, best = companions(used, "first-stage"), companions(used, "oracle")
-
-    def share(cell: CellResult) -> float | None:
-        possible = best.get((cell.dataset, block_of(cell)))
-        ours, most = gain(cell, first), gain(possible, first) if possible else None
-        return None if ours is None or not most or most < 0 else 100 * ours / most
-
-    fields: list[Field] = [
-        *_costs(),
-        (
-            Column("queries_per_second", "queries/s", "", "high"),
-            3,
-            lambda c: part(c, "efficiency").get("queries_per_second"),
-        ),
-        (Column("gain_share", "% of gain", "", "high"), 1, share),
-        (Column("unparsable", "unparsed %", "", "low"), 1, partial(_fault, name="unparsable")),
-        (Column("cut_off", "cut off %", "", "low"), 1, partial(_fault, name="cut_off")),
-        (Column("no_op", "no-op %"), 1, _no_op),
-        (Column("kendall_tau", "tau"), 2, lambda c: c.record.get("kendall_tau")),
-    ]
-    if any(_latency(cell, "median") is not None for cell in used):
-        for key in ("median", "p90"):
-            column = Column(f"latency_{key}", f"{key} s", "", "low")
-            fields.append((column, 2, partial(_latency, key=key)))
-    notes = (
-        "calls/q, rounds/q: engine calls of a query, and those that must wait for one another.",
-        "s/q: engine time, a batch's divided among its calls, also of answers from a cache.",
-        "queries/s: by the clock, absent as soon as one answer came from a cache.",
-        "% of gain: gain over the first stage in nDCG@10, of the gain of a perfect reranking.",
-        "unparsed: answers that could not be read. no-op: answers that left the order as it was.",
-        "tau: Kendall's rank correlation with the first stage.",
-        *_left_out(cells, used),
-    )
-    models = [cell for cell in used if not is_sanity(cell)]
-    return _per_cell("Efficiency", models, fields, notes)
-
-
-def _costs() -> list[Field]:
-    heads = (
-        ("calls", "calls/q", 1), ("rounds", "rounds/q", 1), ("prompt_tokens", "tokens in/q", 0),
-        ("generated_tokens", "tokens out/q", 0), ("seconds", "s/q", 2),
-    )  # fmt: skip
-    return [
-        (Column(key, head, "", "low"), digits, partial(cost, key=key))
-        for key, head, digits in heads
-    ]
-
-
-def _fault(cell: CellResult, name: str) -> float | None:
-    faults = part(cell, "faults")
-    return 100 * faults.get(name, 0) / faults["calls"] if faults.get("calls") else None
-
-
-def _no_op(cell: CellResult) -> float | None:
-    share = part(cell, "faults").get("no_op_rate")
-    return None if share is None else 100 * float(share)
-
-
-def _latency(cell: CellResult, key: str) -> float | None:
-    found = part(cell, "efficiency").get("latency")
-    return float(found[key]) if found else None
+    timed = any(part(cell, "efficiency", "latency") for cell in used)
+    keys = (*EFFICIENCY, *("latency_median", "latency_p90") * timed)
+    baselines = {cell.model for cell in used if is_sanity(cell)}
+    models = [row for row in _per_cell(used, keys) if row.label not in baselines]
+    notes = (*EXPLAINED, *_told(_left_out(cells, used)))
+    return Table("Efficiency", tuple(map(_column, keys)), tuple(models), notes)
 
 
 def summary(cells: Sequence[CellResult]) -> Table:
     """What a run came to: quality, cost and faults of every cell, fake ones with a sign."""
     used = shown(cells, fakes=True)
-    measure = _main_measure(used)
-    first = companions(used, "first-stage")
-    costs = [field for field in _costs() if field[0].key != "prompt_tokens"]
-    fields: list[Field] = [
-        (Column(measure, measure, "", "high"), 4, lambda cell: score(cell, measure)),
-        (Column("gain", "+/- first", "", "high"), 4, lambda cell: _change(cell, first, measure)),
-        *costs,
-        (Column("faults", "faults", "", "low"), 0, _faults),
-    ]
-    table = _per_cell("Summary", used, fields, ())
-    return Table(table.title, table.columns, table.rows, tuple(_signs(table.rows)))
+    names = [name for cell in used for name in cell.measures]
+    keys = (MEASURE if MEASURE in names or not names else names[0], *SUMMARY)
+    notes = (f"{FAKE} {SIGNS[FAKE]}",) * any(map(is_fake, used))
+    return Table("Summary", tuple(map(_column, keys)), tuple(_per_cell(used, keys)), notes)
 
 
-def _main_measure(cells: Sequence[CellResult]) -> str:
-    names = [name for cell in cells for name in cell.measures]
-    return MEASURE if MEASURE in names or not names else names[0]
+def _column(key: str) -> Column:
+    head, _, better = COLUMNS.get(key, (key, 4, "high"))
+    return Column(key, head, "", better)
 
 
-def _change(
-    cell: CellResult, first: Mapping[tuple[str, str], CellResult], measure: str
-) -> float | None:
-    itself = cell.record["model"]["method"] == "first-stage"
-    return None if itself else gain(cell, first, measure)
-
-
-def _faults(cell: CellResult) -> float | None:
-    counted = {k: n for k, n in part(cell, "faults").items() if k not in ("calls", "no_op_rate")}
-    return float(sum(counted.values())) if counted else None
-
-
-def _per_cell(
-    title: str, cells: Sequence[CellResult], fields: Sequence[Field], notes: tuple[str, ...]
-) -> Table:
-    """One row a cell, one block for dataset, first stage and depth."""
-    blocks: dict[str, list[Row]] = {}
+def _per_cell(cells: Sequence[CellResult], keys: Sequence[str]) -> list[Row]:
+    """One row a cell, of one block for dataset, first stage and depth."""
+    measure = keys[0] if keys[0] not in COLUMNS else MEASURE
+    first, best = companions(cells, "first-stage"), companions(cells, "oracle")
+    rows = []
     for cell in cells:
-        group = f"{cell.dataset}, {block_of(cell)}"
+        place = cell.dataset, block_of(cell)
+        ours, most = gain(cell, first, measure), gain(best.get(place, cell), first, measure)
+        numbers = {**cell.measures, **_numbers(cell), "gain": ours}
+        if place in best and ours is not None and most and most > 0:
+            numbers["gain_share"] = 100 * ours / most
         line = [
-            value(get(cell), digits, signed=column.key == "gain") for column, digits, get in fields
+            value(numbers.get(key), COLUMNS.get(key, ("", 4))[1], signed=key == "gain")
+            for key in keys
         ]
-        if is_fake(cell):
-            line[0] = Value(line[0].number, line[0].text, "", FAKE)
-        blocks.setdefault(group, []).append(Row(cell.model, group, tuple(line)))
-    rows = tuple(row for block in blocks.values() for row in block)
-    return Table(title, tuple(column for column, _, _ in fields), rows, notes)
+        line[0] = replace(line[0], note=FAKE * is_fake(cell))
+        rows.append(Row(cell.model, ", ".join(place), tuple(line)))
+    groups = list(dict.fromkeys(row.group for row in rows))
+    return sorted(rows, key=lambda row: groups.index(row.group))
 
 
-# --- formats ----------------------------------------------------------------------------------
-
-
-def _blocks(table: Table) -> list[tuple[str, list[Row]]]:
-    return [(group, list(rows)) for group, rows in groupby(table.rows, lambda row: row.group)]
-
-
-def _spans(table: Table) -> list[tuple[str, int]]:
-    """Headings above neighbouring columns and how many each covers; empty without headings."""
-    spans = [(group, len(list(some))) for group, some in groupby(table.columns, lambda c: c.group)]
-    return spans if any(group for group, _ in spans) else []
-
-
-def to_text(table: Table, width: int = 100) -> str:
-    """Plain columns for a terminal; footnote signs hang to the right of the aligned numbers."""
-    left = max(len(plain(label)) for label in ("model", *("  " + r.label for r in table.rows)))
-    columns = [_text_column(table, i) for i in range(len(table.columns))]
-    head, *lines = zip(*columns, strict=True) if columns else [()]
-    out = ["  ".join(["model".ljust(left), *head]).rstrip()]
-    numbers = iter(lines)
-    for group, rows in _blocks(table):
-        out.append(plain(group))
-        for row, cells in zip(rows, numbers):
-            out.append("  ".join([("  " + plain(row.label)).ljust(left), *cells]).rstrip())
-    below = [table.caption] * bool(table.caption) + [f"- {note}" for note in table.notes]
-    return "\n".join([*out, *(line for text in below for line in wrap(plain(text), width))])
-
-
-def _text_column(table: Table, i: int) -> list[str]:
-    """Head and values of a column, all of one width, the decimal points below one another."""
-    hang = max((len(row.cells[i].note) for row in table.rows), default=0)
-    texts = [row.cells[i].text + row.cells[i].note.ljust(hang) for row in table.rows]
-    head = plain(table.columns[i].head)
-    width = max(len(text) for text in (head, *texts))
-    return [text.rjust(width) for text in (head, *texts)]
-
-
-def plain(text: str) -> str:
-    """No control characters: a name from a file must not steer the terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def to_markdown(table: Table) -> str:
-    """A GitHub table; block heads are rows in italics."""
-    width = len(table.columns)
-    lines = [
-        "| " + " | ".join(["Model", *(_markdown(c.head) for c in table.columns)]) + " |",
-        "|---" + "|---:" * width + "|",
-    ]
-    for group, rows in _blocks(table):
-        lines.append(f"| *{_markdown(group)}* |" + " |" * width)
-        for row in rows:
-            cells = [_markdown_value(v) for v in row.cells]
-            lines.append("| " + " | ".join([_markdown(row.label), *cells]) + " |")
-    title = f"**{_markdown(table.title)}.** " if table.title else ""
-    head = [(title + _markdown(table.caption)).strip(), "", *lines]
-    return "\n".join([*head, "", *(f"- {_markdown(note)}" for note in table.notes)]).strip() + "\n"
-
-
-def _markdown(text: str) -> str:
-    safe = html.escape(plain(text), quote=False)
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", safe)
-
-
-def _markdown_value(v: Value) -> str:
-    marked = {"": "{}", "best": "**{}**", "second": "<u>{}</u>"}[v.mark].format(v.text)
-    return marked + (f"<sup>{v.note}</sup>" if v.note else "")
-
-
-def to_csv(table: Table) -> str:
-    """Wide CSV of the printed numbers; what is absent is empty."""
-    head = ["group", "model", *(column.key for column in table.columns)]
-    cells = [["" if v.number is None else v.text for v in row.cells] for row in table.rows]
-    return csv_text([head, *([r.group, r.label, *c] for r, c in zip(table.rows, cells))])
-
-
-def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """CSV with line feeds; None is an empty field."""
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
-    return out.getvalue()
-
-
-LONG = (
-    "model", "dataset", "first_stage", "depth", "protocol", "measure", "value", "queries", "key",
-    "calls", "prompt_tokens", "generated_tokens", "seconds",
-)  # fmt: skip
-
-
-def to_long_csv(cells: Sequence[CellResult], *, _fakes: bool = False) -> str:
-    """One row per finished cell and measure, unrounded; costs are totals of the cell."""
-    rows: list[Sequence[Any]] = [LONG]
-    for cell in shown(cells, _fakes):
-        record, costs = cell.record, part(cell, "efficiency")
-        where = (cell.model, cell.dataset, first_stage_of(cell), record["depth"])
-        end = (record.get("queries"), record["key"], *(costs.get(key) for key in LONG[-4:]))
-        for name, number in cell.measures.items():
-            rows.append((*where, part(cell, "protocol").get("kind"), name, repr(number), *end))
-    return csv_text(rows)
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
-    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
-    ABSENT: "---", SIGNIFICANT: r"$^\dagger$", PARTIAL: r"$^\ddagger$", IN_DOMAIN: r"$^\S$",
-    FAKE: r"$^\P$",
-}  # fmt: skip
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(c, c) for c in plain(text))
-
-
-def to_latex(table: Table, label: str = "tab:results") -> str:
-    """A booktabs table: blocks with a head row in italics, best bold, second underlined."""
-    width = len(table.columns)
-    groups, rules, start = [""], "", 2
-    for group, span in _spans(table):
-        groups.append(rf"\multicolumn{{{span}}}{{c}}{{{_latex(group)}}}")
-        rules += rf"\cmidrule(lr){{{start}-{start + span - 1}}}" if group else ""
-        start += span
-    lines = [" & ".join(groups) + r" \\", rules] if len(groups) > 1 else []
-    lines += [" & ".join(["Model", *(_latex(c.head) for c in table.columns)]) + r" \\"]
-    for group, rows in _blocks(table):
-        lines += [
-            r"\midrule",
-            rf"\multicolumn{{{width + 1}}}{{l}}{{\textit{{{_latex(group)}}}}} \\",
-        ]
-        lines += [
-            " & ".join([_latex(row.label), *(_latex_value(v) for v in row.cells)]) + r" \\"
-            for row in rows
-        ]
-    notes = [
-        r"\par\smallskip\raggedright\footnotesize",
-        *(_latex(n) + r"\par" for n in table.notes),
-    ]
-    return "\n".join([
-        r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering",
-        rf"\caption{{{_latex(table.caption or table.title)}}}",
-        rf"\label{{{label}}}", rf"\begin{{tabular}}{{l{'r' * width}}}", r"\toprule", *lines,
-        r"\bottomrule", r"\end{tabular}", *(notes if table.notes else ()), r"\end{table}", "",
-    ])  # fmt: skip
-
-
-def _latex_value(v: Value) -> str:
-    text = "$-$" * v.text.startswith("-") + _latex(v.text.removeprefix("-"))
-    marked = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}[v.mark].format(
-        text
-    )
-    return marked + _latex(v.note)
-
-
-def to_html(table: Table) -> str:
-    """An escaped <table> and its notes; data-value holds the unrounded number for sorting."""
-    e = html.escape
-    lines = [
-        "<table>",
-        f"<caption>{f'<b>{e(table.title)}.</b> {e(table.caption)}'.strip()}</caption>",
-    ]
-    lines += ["<thead>"]
-    if spans := _spans(table):
-        above = (f'<th colspan="{n}" scope="colgroup">{e(group)}</th>' for group, n in spans)
-        lines += ["<tr><td></td>", *above, "</tr>"]
-    heads = (f'<th scope="col" data-better="{c.better}">{e(c.head)}</th>' for c in table.columns)
-    lines += ['<tr><th scope="col">Model</th>', *heads, "</tr>", "</thead>"]
-    for group, rows in _blocks(table):
-        wide = len(table.columns) + 1
-        lines += ["<tbody>", f'<tr><th colspan="{wide}" scope="rowgroup">{e(group)}</th></tr>']
-        for row in rows:
-            cells = "".join(_html_value(v) for v in row.cells)
-            lines.append(f'<tr><th scope="row">{e(row.label)}</th>{cells}</tr>')
-        lines += ["</tbody>"]
-    lines += ["</table>"]
-    if table.notes:
-        lines += ['<ul class="notes">', *(f"<li>{e(note)}</li>" for note in table.notes), "</ul>"]
-    return "\n".join([*lines, ""])
-
-
-def _html_value(v: Value) -> str:
-    tag = {"": "{}", "best": "<strong>{}</strong>", "second": "<u>{}</u>"}[v.mark]
-    note = f"<sup>{html.escape(v.note)}</sup>" if v.note else ""
-    data = "" if v.number is None else f' data-value="{v.number!r}"'
-    return f"<td{data}>{tag.format(html.escape(v.text))}{note}</td>"
-
-
-def to_json(table: Table) -> str:
-    """The table as it stands, unrounded numbers beside the printed ones."""
-    return json.dumps(asdict(table), indent=1, ensure_ascii=False) + "\n"
-
-
-WRITERS: dict[str, Callable[[Table], str]] = {
-    "md": to_markdown, "csv": to_csv, "tex": to_latex, "html": to_html, "json": to_json,
-}  # fmt: skip
+def _numbers(cell: CellResult) -> dict[str, float | None]:
+    """A cell's own numbers by column: costs per query, faults in percent of the calls."""
+    faults, times = dict(part(cell, "faults")), part(cell, "efficiency", "latency")
+    calls, no_op = faults.pop("calls", None), faults.pop("no_op_rate", None)
+    return {
+        **{key: cost(cell, key) for key in COSTS},
+        **{key: 100 * faults.get(key, 0) / calls if calls else None for key in FAULTS},
+        "queries_per_second": part(cell, "efficiency").get("queries_per_second"),
+        "no_op": None if no_op is None else 100 * no_op,
+        "kendall_tau": cell.record.get("kendall_tau"),
+        "latency_median": times.get("median"),
+        "latency_p90": times.get("p90"),
+        "faults": sum(faults.values()) if faults else None,
+    }
