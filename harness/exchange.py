@@ -144,23 +144,23 @@ def _ties(job: cells.Job, run: Mapping[str, Sequence[Candidate]]) -> dict[str, A
 def _write(job: cells.Job, results: Path, ties: Mapping[str, Any]) -> CellResult:
     started = datetime.now(UTC)
     outcomes = [Outcome(q.qid, q.ranking(range(len(q.candidates)))) for q in job.queries]
-    scores = cells._measured(job, outcomes)
+    scores = cells.measured(job, outcomes)
     rows = [
-        cells._row(query, outcome, scores) | dict.fromkeys(UNKNOWN)
+        cells.per_query_row(query, outcome, scores) | dict.fromkeys(UNKNOWN)
         for query, outcome in zip(job.queries, outcomes, strict=True)
     ]
     ranked = {o.qid: list(zip(o.ranking.docids, o.ranking.scores, strict=True)) for o in outcomes}
     record = {
-        **cells._identity(job, digest([cells.key(job, None), ranked]), "complete"),
+        **cells.record_head(job, digest([cells.key(job, None), ranked]), "complete"),
         "queries": len(rows),
         "measures": {name: measure.mean(values) for name, values in scores.items()},
         "kendall_tau": None,
         "faults": {},
         "inputs": dict(job.collection.warnings),
-        "efficiency": dict.fromkeys(cells._efficiency([], 0.0, "quality")),
+        "efficiency": dict.fromkeys(cells.efficiency([], 0.0, "quality")),
         "environment": {},
         "imported": dict(ties),
-        **cells._when("", started),
+        **cells.stamps("", started),
     }
     files = store.Files(record, formats.write_run(ranked), rows, ())
     return CellResult(record, tuple(rows), store.write(results, job.cell, files))
