@@ -466,8 +466,7 @@ def test_a_suite_file_states_a_matrix_and_flags_win(place):
     )
     (place / "wrong.toml").write_text('models = ["first-stage"]\ndataset = ["small"]\n')
     said, wrong = together(
-        place,
-        ["run mine.toml --limit 1 --results out --format json -q", "run wrong.toml"],
+        place, ["run mine.toml --limit 1 --results out --format json -q", "run wrong.toml"]
     )
     records = json.loads(said.out)
     assert [(r["model"]["name"], r["limit"], r["depth"]) for r in records] == [

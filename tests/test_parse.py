@@ -39,10 +39,7 @@ VECTORS = [
         "<think>a</think><answer>[3] > [2]</answer><answer>[2] > [3]</answer>",
         *("321", "123", "321", "321", "321"),
     ),
-    (
-        "<THINK>1</THINK><ANSWER>[3] > [2]</ANSWER>",
-        *("132", "123", "321", "132", "321"),
-    ),
+    ("<THINK>1</THINK><ANSWER>[3] > [2]</ANSWER>", *("132", "123", "321", "132", "321")),
     ("ERROR::reduce_length", "123", "123", "123", "123", "123"),
     (
         "This model's maximum context length is 4096 tokens. However, you requested 4500",

@@ -123,7 +123,7 @@ GOLDEN: dict[str, list[tuple[str, str]]] = {
             'Passage A: "DOC_A"\n\n'
             'Passage B: "DOC_B"\n\n'
             "Output only the passage label of the most relevant passage:",
-        ),
+        )
     ],
     "setwise-original-openai": [
         (
@@ -148,13 +148,13 @@ GOLDEN: dict[str, list[tuple[str, str]]] = {
             'Passage A: "DOC_A"\n\n'
             'Passage B: "DOC_B"\n\n'
             "Output Passage A or Passage B:",
-        ),
+        )
     ],
     "yesno": [
         (
             "user",
             "Passage: DOC_A\nQuery: QUERY\nDoes the passage answer the query? Answer 'Yes' or 'No'",
-        ),
+        )
     ],
     "rankzephyr-paper": [
         (

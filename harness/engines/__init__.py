@@ -11,10 +11,7 @@ from typing import Any
 
 from harness.types import Engine, ModelSpec, RegistryError
 
-ENGINES = {
-    "hf": "harness.engines.hf_local:HfEngine",
-    "fake": "harness.engines.fake:FakeEngine",
-}
+ENGINES = {"hf": "harness.engines.hf_local:HfEngine", "fake": "harness.engines.fake:FakeEngine"}
 
 
 def open_engine(family: str, spec: ModelSpec, **settings: Any) -> Engine:

@@ -9,16 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from harness.prompts import Prompt
-from harness.types import (
-    Candidate,
-    Completion,
-    Fault,
-    Flow,
-    Parsed,
-    Query,
-    RegistryError,
-    Request,
-)
+from harness.types import Candidate, Completion, Fault, Flow, Parsed, Query, RegistryError, Request
 
 Windows = Literal["clamped", "rearank"]
 

@@ -1,0 +1,192 @@
+"""`prepare` and `audit-data`, `import` and `export`: data in and out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from harness.cli.base import (
+    RESULTS,
+    DataDir,
+    Datasets,
+    Format,
+    Quiet,
+    RegistryDir,
+    Results,
+    app,
+    check_format,
+    open_registry,
+    print_rows,
+    say,
+    split,
+    use_data,
+)
+from harness.types import DataError, HarnessError, MissingResourceError, RegistryError, UsageError
+
+# --- data ---------------------------------------------------------------------------------------
+
+Stage = Annotated[str | None, typer.Option("--first-stage", help="Its name, or a TREC run file.")]
+Depth = Annotated[int | None, typer.Option("--depth", min=1, help="Candidates a query (--hits).")]
+Qrels = Annotated[str | None, typer.Option("--qrels", help="Judgements, if not the dataset's.")]
+
+
+@app.command()
+def prepare(
+    dataset: Datasets = None,
+    first_stage: Stage = None,
+    depth: Depth = None,
+    data: DataDir = None,
+    registry: RegistryDir = None,
+    quiet: Quiet = False,
+) -> None:
+    """Retrieve candidates once (bm25, bm25s, either with +QUERY for a rewritten query of the
+    dataset, or a run file): a run on them needs neither index nor network nor Java."""
+    from harness.data import prepare as preparing
+    from harness.data.prepared import data_folder
+
+    for spec in find_datasets(open_registry(registry), dataset):
+        say(quiet, f"{spec.name}: {first_stage or spec.first_stage}")
+        folder = data or data_folder()
+        print(preparing.prepare(spec, first_stage, depth or spec.depth, folder))
+
+
+@app.command("audit-data")
+def audit_data(
+    dataset: Datasets = None,
+    qrels: Qrels = None,
+    first_stage: Stage = None,
+    depth: Depth = None,
+    data: DataDir = None,
+    registry: RegistryDir = None,
+    format: Format = "text",
+) -> None:
+    """Check queries, candidates and judgements before any engine time is spent on them."""
+    from harness.data import audit, load
+
+    check_format(format, ("text", "json"))
+    use_data(data)
+    found = []
+    for spec in find_datasets(open_registry(registry), dataset, qrels):
+        at = depth or spec.depth
+        found.append(audit.audit(spec, load(spec, first_stage, at), at))
+        if format == "text":
+            _print_figures(found[-1])
+    if format == "json":
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+    if errors := [f"{row['dataset']}: {text}" for row in found for text in row["errors"]]:
+        raise DataError("; ".join(errors))
+
+
+def find_datasets(registry: Any, texts: list[str] | None, qrels: str | None = None) -> list[Any]:
+    from harness import plan
+
+    asked = plan.Selection(qrels=qrels)
+    found = [s for text in split(texts) for s in plan.find_datasets(registry, text, asked)]
+    if not found:
+        raise UsageError("name at least one dataset (-d)")
+    return found
+
+
+def _print_figures(figures: Mapping[str, Any]) -> None:
+    """One figure a line; those of a table under its name."""
+    rows = []
+    for name, value in figures.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [{"figure": f"{name}: {key}" if key else name, "value": v} for key, v in inner]
+    print_rows([row for row in rows if row["value"] != []], "text")
+
+
+# --- the runs of others, and runs for others ----------------------------------------------------
+
+
+@app.command("import")
+def import_(
+    run: Annotated[Path, typer.Argument(help="A TREC run that another program made.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Whose run: any name.")],
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="A name, also new, or a path.")],
+    qrels: Qrels = None,
+    first_stage: Stage = None,
+    depth: Depth = None,
+    data: DataDir = None,
+    results: Results = RESULTS,
+    registry: RegistryDir = None,
+    format: Format = "text",
+) -> None:
+    """Measure a foreign run and make its cell: quality known, efficiency unknown."""
+    from harness import exchange
+    from harness.types import ModelSpec
+
+    check_format(format, ("text", "json"))
+    use_data(data)
+    names, judged = open_registry(registry), Path(qrels) if qrels else None
+    spec = names.models.get(model) or ModelSpec(name=model, method=exchange.METHOD)
+    known = _one_dataset(names, dataset, qrels)
+    foreign = exchange.Foreign(run, spec, known, judged, first_stage, depth)
+    cell = exchange.take_in(foreign, results)
+    if format == "json":
+        print(json.dumps(dict(cell.record), ensure_ascii=False))
+        return
+    ties, by_rank = cell.record["imported"], cell.record["imported"]["measures_in_rank_order"]
+    print(f"{cell.folder}: {cell.record['queries']} queries, measured in trec_eval's order")
+    print(f"{ties['ties']} tied scores in {ties['queries_with_ties']} queries")
+    for name, count in cell.record["inputs"].items():
+        print(f"{count} {name.replace('_', ' ')}")
+    for name, value in cell.measures.items():
+        print(f"{name} {value:.4f}, in rank order {by_rank[name]:.4f}")
+
+
+@app.command()
+def export(
+    cell: Annotated[Path, typer.Argument(help="A cell's folder.")],
+    format: Annotated[str, typer.Option(help="run, requests, results or ir-metadata.")] = "run",
+    out: Annotated[Path | None, typer.Option("--out", help="A file; stdout by default.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Where texts are.")] = None,
+    qrels: Qrels = None,
+    registry: RegistryDir = None,
+) -> None:
+    """Write a cell as others read it: a TREC run, rank_llm requests or results, ir_metadata."""
+    from harness import exchange, store
+
+    check_format(format, exchange.FORMATS)
+    found, data = store.read(cell), None
+    if found is None or not (cell / "run.trec").is_file():
+        raise MissingResourceError(f"{cell}: holds no finished cell")
+    if format in ("requests", "results"):
+        data = _data_of(found, open_registry(registry), dataset, qrels)
+        say(data is not None, "the dataset is not at hand: no texts are written; name it with -d")
+    text = "".join(exchange.give_out(found, format, data))
+    (out.write_text if out else sys.stdout.write)(text)
+
+
+def _one_dataset(registry: Any, text: str, qrels: str | None) -> Any:
+    """The one dataset that a name or path means; a new name is one, when it has judgements."""
+    from harness.types import DatasetSpec
+
+    try:
+        [found] = find_datasets(registry, [text], qrels)
+    except ValueError as error:
+        raise UsageError(f"{text} is more than one dataset: name one") from error
+    except RegistryError:
+        if qrels is None or any(c in text for c in "*?["):
+            raise
+        return DatasetSpec(name=text, source="requests", qrels=qrels)
+    return found
+
+
+def _data_of(cell: Any, registry: Any, text: str | None, qrels: str | None) -> Any:
+    """The data behind a cell, or None when it is not at hand; asked for by name, it must be."""
+    from harness.data import load
+
+    stage = None if text else cell.record["first_stage"]["name"].partition("+depth=")[0]
+    try:
+        spec = _one_dataset(registry, text or cell.record["dataset"]["name"], qrels)
+        return load(spec, stage, cell.record["depth"], cell.record["limit"])
+    except HarnessError:
+        if text:
+            raise
+        return None

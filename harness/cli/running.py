@@ -1,0 +1,322 @@
+"""`run` and `plan`: a matrix from flags, its cells one by one, and their progress."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from harness.cli.base import (
+    RESULTS,
+    CacheFile,
+    DataDir,
+    Datasets,
+    Format,
+    Models,
+    Quiet,
+    RegistryDir,
+    Results,
+    app,
+    check_format,
+    complain,
+    open_registry,
+    print_rows,
+    say,
+    split,
+    use_data,
+)
+from harness.types import DEFAULT_SEED, DataError, HarnessError, Interrupted, MissingResourceError
+
+# --- the matrix: run and plan -------------------------------------------------------------------
+
+
+@dataclass
+class Matrix:
+    """The flags that state a matrix; `run` and `plan` share them."""
+
+    suite: Annotated[Path | None, typer.Argument(help="A suite file with the same keys.")] = None
+    model: Models = None
+    dataset: Datasets = None
+    qrels: Annotated[str | None, typer.Option(help="Judgements of a request file.")] = None
+    name: Annotated[str | None, typer.Option(help="Name of a dataset given by path.")] = None
+    first_stage: Annotated[str | None, typer.Option(help="Its name, or a TREC run file.")] = None
+    depth: Annotated[int | None, typer.Option(help="Candidates a query (--hits).")] = None
+    limit: Annotated[int | None, typer.Option(help="Only the first N queries.")] = None
+    method: Annotated[str | None, typer.Option(help="Another method than the registry's.")] = None
+    prompt: Annotated[str | None, typer.Option(help="Another prompt.")] = None
+    adapter: Annotated[str | None, typer.Option(help="A LoRA adapter: hub id or folder.")] = None
+    set: Annotated[list[str] | None, typer.Option(help="option=value, limits.x=, sampling.x=")] = (
+        None
+    )
+    num_child: Annotated[int | None, typer.Option(help="Setwise: children of a node.")] = None
+    k: Annotated[int | None, typer.Option(help="Ranks that must be exact (--top).")] = None
+    size: Annotated[int | None, typer.Option(help="Listwise: window (--window-size).")] = None
+    stride: Annotated[int | None, typer.Option(help="Listwise: stride (--step-size).")] = None
+    passes: Annotated[int | None, typer.Option(help="Listwise: passes.")] = None
+    permutations: Annotated[int | None, typer.Option(help="Setwise: votes on a set.")] = None
+    engine: Annotated[str | None, typer.Option(help="Where to run; the registry's by default.")] = (
+        None
+    )
+    protocol: Annotated[str, typer.Option(help="quality or latency.")] = "quality"
+    concurrency: Annotated[int | None, typer.Option(help="Queries in flight.")] = None
+    seed: Annotated[int, typer.Option(help="Seed of shuffles and random orders.")] = DEFAULT_SEED
+    results: Results = RESULTS
+    cache: CacheFile = None
+    registry: RegistryDir = None
+    data: DataDir = None
+
+    def selection(self) -> Any:
+        """What the flags, and a suite file under them, ask for."""
+        from harness import plan
+
+        use_data(self.data)
+        options = ("num_child", "k", "size", "stride", "passes", "permutations")
+        given = [(name, getattr(self, name)) for name in options]
+        selection = plan.Selection(
+            models=split(self.model),
+            datasets=split(self.dataset),
+            set=(*(self.set or ()), *(f"{n}={v}" for n, v in given if v is not None)),
+            **{name: getattr(self, name) for name in plan.PLAIN_FIELDS},
+        )
+        return plan.from_suite(self.suite, selection) if self.suite else selection
+
+    def open_cache(self) -> Any:
+        from harness.cache import Cache
+
+        return Cache(self.cache or self.results / ".cache.sqlite")
+
+
+def _with_matrix(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command Matrix's flags; the function receives them as one value."""
+
+    @wraps(function)
+    def command(**flags: Any) -> None:
+        own = {field.name: flags.pop(field.name) for field in fields(Matrix)}
+        try:
+            function(Matrix(**own), **flags)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "stopped; every answer so far is in the cache: the same command goes on from there"
+            ) from None
+
+    hints = typing.get_type_hints(Matrix, include_extras=True)
+    shared = [
+        Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in fields(Matrix)
+    ]
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    command.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
+    return command
+
+
+@app.command()
+@_with_matrix
+def run(
+    matrix: Matrix,
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Run finished cells again.")] = False,
+    format: Format = "text",
+    quiet: Quiet = False,
+) -> None:
+    """Run every model on every dataset; finished cells are skipped by their key."""
+    check_format(format, ("text", "json"))
+    done = _run_matrix(matrix, force, quiet)
+    if format == "json":
+        print(json.dumps([dict(cell.record) for cell in done.cells], ensure_ascii=False))
+    elif done.cells:
+        from harness.report import tables, writers
+
+        print(writers.to_text(tables.summary(done.cells)))
+        say(quiet, done.summary)
+    if done.failures:
+        raise typer.Exit(done.failures[0].exit_code)
+
+
+@app.command()
+@_with_matrix
+def plan(matrix: Matrix, *, format: Format = "text") -> None:
+    """Say what would run: cells, calls, rounds, tokens, and what the cache already answers."""
+    from harness import plan as planning
+
+    check_format(format, ("text", "json"))
+    selection, registry = matrix.selection(), open_registry(matrix.registry)
+    loader, cache = planning.Loader(registry), matrix.open_cache()
+    try:
+        jobs = [
+            loader.job(c, selection.first_stage) for c in planning.cells_of(registry, selection)
+        ]
+        rows = [planning.estimate(job, cache, matrix.results) for job in jobs]
+    finally:
+        cache.close()
+    print_rows(rows, format)
+
+
+class _Done:
+    """What a run of the matrix has come to so far."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.cells: list[Any] = []
+        self.failures: list[HarnessError] = []
+        self.skipped = self.asked = self.cached = 0
+
+    def fail(self, cell: Any, error: HarnessError) -> None:
+        """Report a failure and keep it for the exit code; alone, it is the outcome."""
+        if self.total == 1:
+            raise error
+        self.failures.append(error)
+        complain(f"{cell}: {error}")
+
+    def count(self, result: Any) -> None:
+        efficiency = result.record["efficiency"]
+        self.cached += efficiency["calls_from_cache"]
+        self.asked += efficiency["calls"] - efficiency["calls_from_cache"]
+
+    @property
+    def summary(self) -> str:
+        asked = "the engine was asked nothing" if not self.asked else f"{self.asked} calls asked"
+        return (
+            f"{len(self.cells)} cells, {self.skipped} of them finished before;"
+            f" {asked}, {self.cached} answers came from the cache"
+        )
+
+
+def _run_matrix(matrix: Matrix, force: bool, quiet: bool) -> _Done:
+    """Run the cells; one that fails is reported and does not stop the others."""
+    from harness import plan
+
+    selection, registry = matrix.selection(), open_registry(matrix.registry)
+    loader, cells = plan.Loader(registry), plan.cells_of(registry, selection)
+    done, jobs = _Done(len(cells)), []
+    for cell in cells:
+        try:
+            jobs.append(loader.job(cell, selection.first_stage))
+        except (DataError, MissingResourceError) as error:  # flags and names are wrong for all
+            done.fail(cell, error)
+    cache = matrix.open_cache()
+    try:
+        with _progress(len(jobs), quiet) as show:
+            for number, job in enumerate(jobs, 1):
+                try:
+                    _run_job(
+                        job,
+                        plan.command(job.cell, selection),
+                        matrix,
+                        cache,
+                        force,
+                        done,
+                        show.of(number, job.cell),
+                    )
+                except HarnessError as error:
+                    done.fail(job.cell, error)
+    finally:
+        cache.close()
+    return done
+
+
+def _run_job(
+    job: Any, command: str, matrix: Matrix, cache: Any, force: bool, done: _Done, show: Any
+) -> None:
+    """One cell: skipped when its key is already there, else run with an engine of its own."""
+    from harness import cell, store
+    from harness.engines import open_engine
+
+    spec = job.cell.model
+    engine = open_engine(spec.engine or "hf", spec) if job.needs_engine else None
+    try:
+        known = store.state(matrix.results, job.cell, cell.key(job, engine))
+        if known == "complete" and not force:
+            result = store.read(matrix.results / job.cell.folder)
+            done.skipped += 1
+            show.line("finished before")
+        else:
+            show.started()
+            result = cell.run(
+                job, engine, cache, matrix.results, command=command, progress=show.progress
+            )
+            done.count(result)
+            show.finished(result)
+        done.cells.append(result)
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+@dataclass
+class _Shown:
+    """The progress of one cell as plain lines, for logs and CI."""
+
+    head: str
+    quiet: bool = False
+
+    def line(self, text: str) -> None:
+        if not self.quiet:
+            print(f"{self.head}: {text}", file=sys.stderr, flush=True)
+
+    def started(self) -> None:
+        self.line("started")
+
+    def progress(self, done: int, total: int, calls: int) -> None:
+        """Lines would flood a log; only a bar shows every query."""
+
+    def finished(self, result: Any) -> None:
+        name, value = next(iter(result.measures.items()))
+        self.line(f"{name} {value:.4f}")
+
+
+@dataclass
+class _Bar(_Shown):
+    """The progress of one cell as a bar, on a terminal."""
+
+    bars: Any = None
+    task: Any = None
+
+    def line(self, text: str) -> None:
+        self.bars.console.print(f"{self.head}: {text}", markup=False, highlight=False)
+
+    def started(self) -> None:
+        self.task = self.bars.add_task(self.head, total=None, calls=0)
+
+    def progress(self, done: int, total: int, calls: int) -> None:
+        self.bars.update(self.task, completed=done, total=total, calls=calls)
+
+    def finished(self, result: Any) -> None:
+        self.bars.remove_task(self.task)
+        super().finished(result)
+
+
+@dataclass
+class _Progress:
+    total: int
+    quiet: bool
+    bars: Any = None
+
+    def of(self, number: int, cell: Any) -> _Shown:
+        head = f"[{number}/{self.total}] {cell}"
+        return _Bar(head, bars=self.bars) if self.bars else _Shown(head, self.quiet)
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[_Progress]:
+    if quiet or not sys.stderr.isatty():
+        yield _Progress(total, quiet)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("queries, {task.fields[calls]} calls"), TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        yield _Progress(total, quiet, bars)
