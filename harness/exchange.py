@@ -168,7 +168,6 @@ def _write(job: cells.Job, results: Path, ties: Mapping[str, Any]) -> CellResult
 
 # --- export -----------------------------------------------------------------------------------
 
-TOKENS = {"in": "prompt_tokens", "out": "generated_tokens"}
 FORMATS = ("run", "requests", "results", "ir-metadata")
 
 
@@ -187,21 +186,22 @@ def give_out(cell: CellResult, form: str, dataset: Collection | None = None) -> 
             yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _topics(cell: CellResult, dataset: Collection | None) -> Iterator[formats.Topic]:
+def _topics(cell: CellResult, dataset: Collection | None) -> Iterator[Query]:
     """The cell's ranking with the texts that are at hand; a query or text not there is empty."""
     queries = {query.qid: query for query in dataset.queries} if dataset else {}
     for qid, rows in formats.read_run(cell.folder / "run.trec").items():
         query = queries.get(qid, Query(qid, ""))
         texts = {c.docid: c for c in query.candidates}
         found = (replace(texts.get(c.docid, c), score=c.score) for c in rows)
-        yield formats.Topic(qid, query.text, tuple(found))
+        yield Query(qid, query.text, tuple(found))
 
 
 def _calls(cell: CellResult) -> dict[str, list[dict[str, Any]]]:
     """The trace as rank_llm's invocations; it holds no prompts, `harness prompt` shows them."""
     out: dict[str, list[dict[str, Any]]] = {}
     for row in store.read_trace(cell.folder):
-        counts = {f"{n}put_token_count": row[key] for n, key in TOKENS.items()}
-        call = {"prompt": None, "response": row["text"], **counts}
-        out.setdefault(row["qid"], []).append(call)
+        call = {"prompt": None, "response": row["text"]}
+        counts = {"input_token_count": row["prompt_tokens"]}
+        counts["output_token_count"] = row["generated_tokens"]
+        out.setdefault(row["qid"], []).append(call | counts)
     return out

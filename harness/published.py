@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,36 +48,28 @@ def load(registry: Registry, folder: Path | None = None) -> tuple[Published, ...
     folder = folder or data_root() / "registry"
     names = Names(registry, read_toml(folder / "published_names.toml"))
     path = folder / "published.csv"
-    out = []
-    for line, row in _rows(path):
-        try:
-            out.append(names.read(row))
-        except ValueError as error:
-            raise DataError(str(error), path=path, line=line) from error
-    return tuple(out)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.reader(file)
-        if tuple(next(reader, ())) != COLUMNS:
-            raise DataError(f"expected the columns {', '.join(COLUMNS)}", path=path, line=1)
-        for cells in reader:
-            if len(cells) != len(COLUMNS):
-                message = f"expected {len(COLUMNS)} columns, got {len(cells)}"
-                raise DataError(message, path=path, line=reader.line_num)
-            yield reader.line_num, dict(zip(COLUMNS, cells, strict=True))
+        try:
+            if tuple(next(reader, ())) != COLUMNS:
+                raise ValueError(f"expected the columns {', '.join(COLUMNS)}")
+            return tuple(names.read(cells) for cells in reader)
+        except (ValueError, RegistryError) as error:
+            raise DataError(str(error), path=path, line=reader.line_num) from error
 
 
 class Names:
-    """The tables of published_names.toml against one registry. Unknown names raise ValueError."""
+    """The tables of published_names.toml against one registry. Wrong rows raise ValueError."""
 
     def __init__(self, registry: Registry, tables: Mapping[str, Any]) -> None:
         self.registry = registry
         self.tables = tables
         self.dataset = cache(self._dataset)  # a search over all aliases, for a few dozen spellings
 
-    def read(self, row: Mapping[str, str]) -> Published:
+    def read(self, cells: Sequence[str]) -> Published:
+        if len(cells) != len(COLUMNS):
+            raise ValueError(f"expected {len(COLUMNS)} columns, got {len(cells)}")
+        row = dict(zip(COLUMNS, cells, strict=True))
         model, first_stage = self.placed(row["model"], row["first_stage"])
         dataset = self.dataset(row["dataset"])
         if row["confidence"] not in CONFIDENCE:
@@ -108,7 +100,4 @@ class Names:
         ours = self.tables["datasets"].get(name, name)
         if ours in self.registry.suites:
             return str(ours)
-        try:
-            return self.registry.find_datasets(ours)[0].name
-        except RegistryError as error:
-            raise ValueError(str(error)) from error
+        return self.registry.find_datasets(ours)[0].name

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from harness.types import DEFAULT_SEED, CellResult, DataError
@@ -46,10 +47,14 @@ class Paired:
     n: int
 
 
+def by_query(cell: CellResult, measure: str) -> dict[str, float]:
+    """The cell's value of every query that has one."""
+    return {str(row["qid"]): row[measure] for row in cell.per_query if row.get(measure) is not None}
+
+
 def align(a: CellResult, b: CellResult, measure: str) -> tuple[list[float], list[float]]:
     """Both cells' per-query values in a's order; raises DataError where the queries differ."""
-    left = {str(row["qid"]): row[measure] for row in a.per_query if row.get(measure) is not None}
-    right = {str(row["qid"]): row[measure] for row in b.per_query if row.get(measure) is not None}
+    left, right = by_query(a, measure), by_query(b, measure)
     if left.keys() != right.keys() or not left:
         raise DataError(f"{a.model} and {b.model} on {a.dataset} do not answer the same queries")
     return list(left.values()), [right[qid] for qid in left]
@@ -74,6 +79,14 @@ def bootstrap_interval(
     return Interval(float(found.low), float(found.high))
 
 
+_once = lru_cache(maxsize=None)(bootstrap_interval)
+
+
+def interval_of(cell: CellResult, measure: str) -> Interval:
+    """Of a cell's mean over its queries; computed once, however many reports show it."""
+    return _once(tuple(by_query(cell, measure).values()))
+
+
 def sign_flip(a: Sequence[float], b: Sequence[float], seed: int = DEFAULT_SEED) -> float:
     """Fisher's two-sided randomisation test on paired values: p = (extreme + 1) / (B + 1).
 
@@ -81,16 +94,12 @@ def sign_flip(a: Sequence[float], b: Sequence[float], seed: int = DEFAULT_SEED) 
     """
     import numpy as np
 
-    differences = _differences(a, b)
-    n, total = len(differences), differences.sum()
-    flips = 100_000 if n <= 200 else 10_000
-    rng = np.random.Generator(np.random.PCG64(seed))
-    extreme = 0
-    size = max(1, CHUNK // n)
-    for rows in (min(size, flips - done) for done in range(0, flips, size)):
-        bits = np.unpackbits(rng.integers(0, 256, (rows, -(-n // 8)), dtype=np.uint8), axis=1)
-        flipped = 2.0 * (bits[:, :n].astype(float) @ differences) - total
-        extreme += int(np.sum(np.abs(flipped) >= abs(total) - TIE))
+    d = _differences(a, b)
+    flips, size = 100_000 if len(d) <= 200 else 10_000, max(1, CHUNK // len(d))
+    rng, extreme = np.random.Generator(np.random.PCG64(seed)), 0
+    for done in range(0, flips, size):
+        signs = rng.choice((-1.0, 1.0), (min(size, flips - done), len(d)))
+        extreme += int(np.sum(np.abs(signs @ d) >= abs(d.sum()) - TIE))
     return (extreme + 1) / (flips + 1)
 
 

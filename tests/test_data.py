@@ -292,7 +292,7 @@ def test_a_corpus_may_name_its_fields_in_many_ways(file):
         '{"_id": "a", "title": "T", "text": "x"}\n{"id": 2, "contents": "y", "title": null}\n'
         '{"docid": "c", "segment": "z"}\n'
     )
-    documents = [doc for _, doc in formats.read_corpus(file("corpus.jsonl", text))]
+    documents = list(formats.read_corpus(file("corpus.jsonl", text)))
     assert [(d.docid, d.title, d.text) for d in documents] == [
         ("a", "T", "x"),
         ("2", "", "y"),

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from harness import cli, exchange, store
+from harness.cli import datasets
 from harness.data import formats
 from harness.specs import Registry
 from harness.types import DataError, DatasetSpec, ModelSpec, UsageError
@@ -234,7 +235,7 @@ def test_requests_hold_the_texts_in_reranked_order_and_can_be_reranked_again(pla
 
 def test_requests_without_the_dataset_say_so_and_hold_no_text(place, capsys):
     cell = taken_in(place)
-    cli.export(cell.folder, "requests")
+    datasets.export(cell.folder, "requests")
     seen = capsys.readouterr()
     row = json.loads(seen.out.splitlines()[0])
     assert row["query"] == {"text": "", "qid": "q1"}

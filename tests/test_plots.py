@@ -65,7 +65,6 @@ def test_cells_of_the_fake_engine_are_not_drawn(tmp_path: Path) -> None:
     assert plots.quality_against(cells, "calls", tmp_path) == []
     assert plots.gain_heatmap(cells, tmp_path) == []
     assert plots.per_query_bars(cells[1], cells[0], tmp_path) == []
-    assert plots.quality_against(cells, "calls", tmp_path, _fakes=True)
 
 
 def test_only_what_no_other_beats_is_on_the_front(tmp_path: Path) -> None:

@@ -62,11 +62,10 @@ def search(
         documents: dict[str, Candidate] = {}
         out: dict[str, list[Candidate]] = {}
         for line, row in formats.records(found):
-            if "qid" in row:
-                out[row["qid"]] = [replace(documents[name], score=s) for name, s in row["hits"]]
-            else:  # a document comes once, before the first query that found it
-                name = row["docid"]
-                documents[name] = formats.document(row["stored"], name, 0.0, Path(index), line)
+            for name, stored in row["new"].items():
+                with formats.at(Path(index), line):
+                    documents[name] = formats.document(stored, name)
+            out[row["qid"]] = [replace(documents[name], score=s) for name, s in row["hits"]]
         return out
 
 
@@ -147,16 +146,11 @@ def _index(corpus: Path, folder: str) -> None:
 
 def _documents(corpus: Path) -> Iterator[str]:
     """The JSON that is stored: `contents` is what the search sees, as with bm25s."""
-    seen: dict[str, int] = {}
-    for number, doc in formats.read_corpus(corpus):
-        contents, mark = f"{doc.title} {doc.text}".strip(), hash((doc.title, doc.text))
-        if seen.get(doc.docid, mark) != mark:
-            message = f"document {doc.docid!r} appears twice with different texts"
-            raise DataError(message, path=corpus, line=number)
-        if contents and doc.docid not in seen:
-            fields = {"id": doc.docid, "title": doc.title, "text": doc.text}
-            yield json.dumps({**fields, "contents": contents})
-        seen[doc.docid] = mark
+    for doc in formats.read_corpus(corpus):
+        contents = f"{doc.title} {doc.text}".strip()
+        if contents:
+            fields = {"id": doc.docid, "title": doc.title, "text": doc.text, "contents": contents}
+            yield json.dumps(fields)
 
 
 def _search(job: Mapping[str, Any]) -> None:
@@ -173,13 +167,13 @@ def _search(job: Mapping[str, Any]) -> None:
             names, texts = [str(n) for n in range(len(batch))], [t["text"] for t in batch]
             answers = searcher.batch_search(texts, names, k=job["depth"], threads=THREADS)
             for name, topic in zip(names, batch):
-                hits = [(hit.docid, hit.score, hit.lucene_document) for hit in answers[name]]
-                for docid, _, document in hits:
-                    if docid not in seen:
-                        stored = json.loads(document.get("raw") or "{}")
-                        file.write(json.dumps({"docid": docid, "stored": stored}) + "\n")
-                seen.update(docid for docid, _, _ in hits)
-                row = {"qid": topic["qid"], "hits": [(docid, score) for docid, score, _ in hits]}
+                new = [hit for hit in answers[name] if hit.docid not in seen]
+                seen.update(hit.docid for hit in new)
+                row = {
+                    "qid": topic["qid"],
+                    "hits": [(hit.docid, hit.score) for hit in answers[name]],
+                    "new": {h.docid: json.loads(h.lucene_document.get("raw") or "{}") for h in new},
+                }
                 file.write(json.dumps(row) + "\n")
 
 

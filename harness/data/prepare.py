@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from harness import env
 from harness.data import formats, prepared, sources
+from harness.data.formats import Qrels, Run
 from harness.types import Candidate, DataError, DatasetSpec, RegistryError, UsageError
 
 RETRIEVAL_PACKAGES = ("ir_datasets", "bm25s", "pyserini")
 SMALL = 300_000  # documents; above, bm25s would hold more than a workstation likes to give
-
-Run = dict[str, list[Candidate]]
-Judgements = Mapping[str, Mapping[str, int]]
 
 
 def prepare(spec: DatasetSpec, first_stage: str | None, depth: int, data: Path) -> Path:
@@ -62,12 +60,12 @@ def _irds(spec: DatasetSpec, first_stage: str | None, depth: int) -> sources.Raw
             run, name = _retrieved(spec, dataset, queries, stage, depth, qrels), stage
         notes: Counter[str] = Counter()
         cut = {q.query_id: _allowed(spec, q.query_id, run, qrels, notes)[:depth] for q in queries}
-        topics = {q.query_id: sources.irds_text(q) for q in queries}
+        topics = {q.query_id: q.default_text() for q in queries}
         return sources.Raw(topics, sources.irds_texts(spec, dataset, cut), qrels, name, notes)
 
 
 def _allowed(
-    spec: DatasetSpec, qid: str, run: Run, qrels: Judgements, notes: Counter[str]
+    spec: DatasetSpec, qid: str, run: Run, qrels: Qrels, notes: Counter[str]
 ) -> list[Candidate]:
     """Without excluded documents, and as BEIR does, without the one that is the query itself."""
     rows = sources.checked(run.get(qid, ()), qrels[qid], notes)
@@ -77,7 +75,7 @@ def _allowed(
 
 
 def _retrieved(
-    spec: DatasetSpec, dataset: Any, queries: list[Any], stage: str, depth: int, qrels: Judgements
+    spec: DatasetSpec, dataset: Any, queries: list[Any], stage: str, depth: int, qrels: Qrels
 ) -> Run:
     """Enough candidates that `depth` are left when the excluded ones are gone."""
     name, _, variant = stage.partition("+")
@@ -92,7 +90,7 @@ def _retrieved(
 def _asked(query: Any, variant: str) -> str:
     """What is searched for: the query, or one of its rewritten forms, which every query needs."""
     if not variant:
-        return sources.irds_text(query)
+        return str(query.default_text())
     field = re.sub(r"\W", "_", variant).lower()
     if field not in query._fields:
         raise RegistryError(f"unknown query {variant!r}", known=query._fields, given=field)
@@ -126,7 +124,4 @@ def _lucene(spec: DatasetSpec, dataset: Any, topics: Mapping[str, str], most: in
     return lucene.search(spec.index, topics, most)
 
 
-RETRIEVERS: dict[str, Callable[[DatasetSpec, Any, Mapping[str, str], int], Run]] = {
-    "bm25": _lucene,
-    "bm25s": _bm25s,
-}
+RETRIEVERS = {"bm25": _lucene, "bm25s": _bm25s}

@@ -11,13 +11,13 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from harness.data import formats
+from harness.data.formats import Qrels
 from harness.types import DataError, MissingResourceError, Query
 
 VARIABLE = "RERANK_HARNESS_DATA"
@@ -29,8 +29,8 @@ class Prepared:
     """One first stage of a dataset as it was written; `facts` is its entry in prepared.json."""
 
     first_stage: str
-    topics: tuple[formats.Topic, ...]
-    qrels: Mapping[str, Mapping[str, int]]
+    topics: tuple[Query, ...]
+    qrels: Qrels
     facts: Mapping[str, Any]
 
 
@@ -39,7 +39,7 @@ def data_folder() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "rerank-harness" / "data"
 
 
-def request(topic: formats.Topic | Query, texts: bool = True) -> dict[str, Any]:
+def request(topic: Query, texts: bool = True) -> dict[str, Any]:
     """A query and its candidates as one line of a rank_llm request file."""
     candidates = []
     for c in topic.candidates:
@@ -49,11 +49,7 @@ def request(topic: formats.Topic | Query, texts: bool = True) -> dict[str, Any]:
 
 
 def write(
-    folder: Path,
-    first_stage: str,
-    queries: tuple[Query, ...],
-    qrels: Mapping[str, Mapping[str, int]],
-    facts: Mapping[str, Any],
+    folder: Path, first_stage: str, queries: Sequence[Query], qrels: Qrels, facts: Mapping[str, Any]
 ) -> Path:
     """Add a first stage to a dataset's folder. Equal content gives equal bytes.
 
@@ -62,18 +58,16 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{first_stage.replace('/', '_')}.jsonl.gz"
-    with _replacing(path) as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
-        for query in queries:
-            packed.write(json.dumps(request(query), ensure_ascii=False).encode() + b"\n")
-    with _replacing(folder / QRELS) as raw:
-        for qid, rels in qrels.items():
-            lines = (f"{qid}\t0\t{docid}\t{grade}\n" for docid, grade in rels.items())
-            raw.write("".join(lines).encode())
-    known = _facts(folder) or {"schema_version": 1, "first_stages": {}}
+    rows = "".join(json.dumps(request(query), ensure_ascii=False) + "\n" for query in queries)
+    _replace(path, gzip.compress(rows.encode(), 6, mtime=0))
+    judged = [(qid, docid, grade) for qid, rels in qrels.items() for docid, grade in rels.items()]
+    lines = (f"{qid}\t0\t{docid}\t{grade}\n" for qid, docid, grade in judged)
+    _replace(folder / QRELS, "".join(lines).encode())
+    known = _facts(folder)
     known["qrels_sha256"] = _sha256(folder / QRELS)
     known["first_stages"][first_stage] = {"file": path.name, "sha256": _sha256(path), **facts}
-    with _replacing(folder / FACTS) as raw:
-        raw.write(json.dumps(known, indent=1, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+    text = json.dumps(known, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    _replace(folder / FACTS, text.encode())
     return path
 
 
@@ -83,10 +77,10 @@ def read(folder: Path, first_stage: str | None, usual: str) -> Prepared | None:
     None when it is not there. Raises DataError when a file is not the one that was written.
     """
     facts = _facts(folder)
-    stages = facts["first_stages"] if facts else {}
+    stages = facts["first_stages"]
     only = next(iter(stages)) if len(stages) == 1 else usual
     name = first_stage or (usual if usual in stages else only)
-    if facts is None or name not in stages:
+    if name not in stages:
         return None
     path = folder / stages[name]["file"]
     for file, expected in ((path, stages[name]["sha256"]), (folder / QRELS, facts["qrels_sha256"])):
@@ -98,10 +92,10 @@ def read(folder: Path, first_stage: str | None, usual: str) -> Prepared | None:
     return Prepared(name, topics, formats.read_qrels(folder / QRELS), stages[name])
 
 
-def _facts(folder: Path) -> dict[str, Any] | None:
+def _facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS
     if not path.is_file():
-        return None
+        return {"schema_version": 1, "first_stages": {}}
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found["qrels_sha256"], found["first_stages"]
@@ -110,13 +104,11 @@ def _facts(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears whole or not at all."""
+def _replace(path: Path, content: bytes) -> None:
+    """The file appears whole or not at all."""
     work = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
-        with work.open("wb") as file:
-            yield file
+        work.write_bytes(content)
         work.replace(path)
     finally:
         work.unlink(missing_ok=True)

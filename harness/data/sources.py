@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from harness.data import formats, prepared
+from harness.data.formats import Qrels, Run
 from harness.types import (
     Candidate,
     DataError,
@@ -23,6 +24,9 @@ from harness.types import (
     Query,
     digest,
 )
+
+Documents = Mapping[str, Candidate]
+Ranks = dict[str, list[tuple[int, float]]]
 
 EXCLUDED = -100  # ir_datasets' mark for documents that BRIGHT takes out of a query's candidates
 
@@ -38,7 +42,7 @@ class Collection:
     """
 
     queries: tuple[Query, ...]
-    qrels: Mapping[str, Mapping[str, int]]
+    qrels: Qrels
     first_stage: str
     run_sha256: str
     sha256: str
@@ -52,7 +56,7 @@ class Raw:
 
     topics: Mapping[str, str]
     candidates: Mapping[str, Iterable[Candidate]]
-    qrels: Mapping[str, Mapping[str, int]]
+    qrels: Qrels
     first_stage: str
     notes: Mapping[str, int] = field(default_factory=dict)  # warnings of what was done before
     depth: int | None = None  # as deep as it was prepared
@@ -83,25 +87,16 @@ def collect(spec: DatasetSpec, raw: Raw, depth: int, limit: int | None = None) -
     judged = {qid: real for qid, rels in raw.qrels.items() if (real := without_excluded(rels))}
     if not judged:
         raise DataError("no query has a judgement", path=spec.qrels or spec.location)
-    declared = [qid for qid in raw.topics if qid in judged]
-    warnings["queries_without_judgements"] += len(raw.topics) - len(declared)
-    absent = [qid for qid in judged if qid not in raw.topics]
-    warnings["judged_queries_without_a_query_text"] = len(absent)
+    warnings["queries_without_judgements"] = len(raw.topics.keys() - judged.keys())
+    warnings["judged_queries_without_a_query_text"] = len(judged.keys() - raw.topics.keys())
     queries = []
-    for qid in (declared + absent)[:limit]:
-        kept = checked(raw.candidates.get(qid, ()), raw.qrels.get(qid, {}), warnings)
-        warnings["queries_without_candidates"] += not kept
-        warnings["queries_under_depth"] += 0 < len(kept) < depth
-        text = raw.topics.get(qid, "")
-        queries.append(Query(qid, text, tuple(kept[:depth]), spec.name))
+    for qid in [qid for qid in {**raw.topics, **judged} if qid in judged][:limit]:
+        kept = checked(raw.candidates.get(qid, ()), raw.qrels[qid], warnings)[:depth]
+        queries.append(Query(qid, raw.topics.get(qid, ""), tuple(kept), spec.name))
     if not any(q.candidates for q in queries):
         raise DataError("no query has a candidate", path=spec.location)
-    texts = any(c.text for q in queries for c in q.candidates)
-    _count_oddities(queries, warnings)
-    if texts:
-        for q in queries:
-            warnings["candidates_with_empty_text"] += sum(not c.text.strip() for c in q.candidates)
-    qrels = {q.qid: judged.get(q.qid, {}) for q in queries}
+    _count_oddities(queries, depth, warnings)
+    qrels = {q.qid: judged[q.qid] for q in queries}
     return Collection(
         queries=tuple(queries),
         qrels=qrels,
@@ -109,7 +104,7 @@ def collect(spec: DatasetSpec, raw: Raw, depth: int, limit: int | None = None) -
         run_sha256=digest([[q.qid, [[c.docid, c.score] for c in q.candidates]] for q in queries]),
         sha256=_hash(queries, qrels),
         warnings={name: count for name, count in sorted(warnings.items()) if count},
-        has_texts=texts,
+        has_texts=any(c.text for q in queries for c in q.candidates),
     )
 
 
@@ -128,17 +123,22 @@ def checked(
     return list(kept.values())
 
 
-def _count_oddities(queries: Iterable[Query], warnings: Counter[str]) -> None:
-    """Ties, ids that need encoding in a run, and queries that others repeat word for word."""
-    scores = [[c.score for c in q.candidates] for q in queries]
-    warnings["tied_first_stage_scores"] = sum(len(row) - len(set(row)) for row in scores)
+def _count_oddities(queries: Sequence[Query], depth: int, warnings: Counter[str]) -> None:
+    """Short lists, ties, empty texts, repeated queries, ids that need encoding in a run."""
+    sizes, shown = [len(q.candidates) for q in queries], [c for q in queries for c in q.candidates]
+    warnings["queries_without_candidates"] = sizes.count(0)
+    warnings["queries_under_depth"] = sum(0 < size < depth for size in sizes)
+    distinct = {(q.qid, c.score) for q in queries for c in q.candidates}
+    warnings["tied_first_stage_scores"] = len(shown) - len(distinct)
+    empty = sum(not c.text.strip() for c in shown)
+    warnings["candidates_with_empty_text"] = empty if any(c.text for c in shown) else 0
     asked = Counter(q.text for q in queries if q.text)
     warnings["identical_queries"] = sum(n for n in asked.values() if n > 1)
-    ids = {q.qid for q in queries} | {c.docid for q in queries for c in q.candidates}
+    ids = {q.qid for q in queries} | {c.docid for c in shown}
     warnings["ids_with_white_space"] = sum(len(name.split()) > 1 for name in ids)
 
 
-def _hash(queries: Iterable[Query], qrels: Mapping[str, Mapping[str, int]]) -> str:
+def _hash(queries: Iterable[Query], qrels: Qrels) -> str:
     """One hash over everything a result can depend on, independent of the file format."""
     state = hashlib.sha256()
     for q in queries:
@@ -152,7 +152,7 @@ def without_excluded(judgements: Mapping[str, int]) -> dict[str, int]:
     return {docid: grade for docid, grade in judgements.items() if grade != EXCLUDED}
 
 
-def judgements(spec: DatasetSpec, qrels: Path | None = None) -> Mapping[str, Mapping[str, int]]:
+def judgements(spec: DatasetSpec, qrels: Path | None = None) -> Qrels:
     """A dataset's judgements (or those of the file given in their place) without its candidates."""
     if qrels is not None:
         return formats.read_qrels(qrels)
@@ -171,12 +171,12 @@ def _requests(spec: DatasetSpec, first_stage: str | None) -> Raw:
     if not spec.qrels:
         raise DataError("a request file needs judgements: add --qrels FILE", path=spec.location)
     topics = formats.read_requests(Path(spec.location))
-    return Raw(
-        {t.qid: t.text for t in topics},
-        {t.qid: t.candidates for t in topics},
-        formats.read_qrels(Path(spec.qrels)),
-        first_stage or spec.first_stage,
-    )
+    qrels = formats.read_qrels(Path(spec.qrels))
+    return _raw(topics, qrels, first_stage or spec.first_stage)
+
+
+def _raw(topics: Sequence[Query], *rest: Any) -> Raw:
+    return Raw({t.qid: t.text for t in topics}, {t.qid: t.candidates for t in topics}, *rest)
 
 
 def _folder(spec: DatasetSpec, first_stage: str | None) -> Raw:
@@ -191,8 +191,11 @@ def _folder(spec: DatasetSpec, first_stage: str | None) -> Raw:
     if run_path is None:
         return Raw(topics, _bm25s(topics, _one_of(folder, "corpus.jsonl")), qrels, "bm25s")
     run, corpus = formats.read_run(run_path), _found(folder, "corpus.jsonl")
-    candidates = _with_texts(run, corpus, run_path) if corpus else run
-    return Raw(topics, candidates, qrels, stage_name(run_path))
+    if corpus:
+        wanted = {c.docid for rows in run.values() for c in rows}
+        found = {doc.docid: doc for doc in formats.read_corpus(corpus, wanted)}
+        run = _with_texts(run, found, corpus, run_path)
+    return Raw(topics, run, qrels, stage_name(run_path))
 
 
 def _qrels_path(spec: DatasetSpec) -> Path:
@@ -215,72 +218,46 @@ def _found(folder: Path, *names: str) -> Path | None:
 def _run_path(folder: Path, first_stage: str | None) -> Path | None:
     """The run file to read, or None for BM25 on the spot."""
     if first_stage is None or first_stage == "bm25s":
-        return _found(folder, "run.trec") if first_stage is None else None
+        return None if first_stage else _found(folder, "run.trec")
     path = Path(first_stage).expanduser()
     local = path if path.is_file() else _found(folder, first_stage, f"{first_stage}.trec")
-    if local is not None:
-        return local
-    raise MissingResourceError(f"first stage {first_stage!r}: neither `bm25s` nor a run file")
+    if local is None:
+        raise MissingResourceError(f"first stage {first_stage!r}: neither `bm25s` nor a run file")
+    return local
 
 
 def stage_name(path: Path) -> str:
     return path.name.removesuffix(".gz").rsplit(".", 1)[0]
 
 
-def _with_texts(
-    run: Mapping[str, list[Candidate]], corpus: Path, run_path: Path
-) -> dict[str, list[Candidate]]:
-    """The run's candidates with their texts; the corpus is streamed, only what is needed kept."""
-    wanted = {c.docid for candidates in run.values() for c in candidates}
-    decoded = {formats.decode_docid(docid) for docid in wanted}
-    found: dict[str, Candidate] = {}
-    for number, doc in formats.read_corpus(corpus):
-        if doc.docid in wanted or doc.docid in decoded:
-            _keep(found, doc, corpus, number)
-    out: dict[str, list[Candidate]] = {}
-    for qid, candidates in run.items():
-        rows = []
-        for c in candidates:
-            known = found.get(c.docid) or found.get(formats.decode_docid(c.docid))
-            if known is None:
-                raise DataError(
-                    f"document {c.docid!r} of query {qid!r} is not in {corpus}", path=run_path
-                )
-            rows.append(replace(known, score=c.score))
-        out[qid] = rows
+def _with_texts(run: Run, found: Documents, home: Path | str, path: Path | str = "") -> Run:
+    """The run's candidates with the texts of the documents found."""
+    out = {}
+    for qid, rows in run.items():
+        if absent := [c.docid for c in rows if c.docid not in found]:
+            message = f"document {absent[0]!r} of query {qid!r} is not in {home}"
+            raise DataError(message, path=path)
+        out[qid] = [replace(found[c.docid], score=c.score) for c in rows]
     return out
 
 
-def _keep(found: dict[str, Candidate], doc: Candidate, corpus: Path, number: int) -> None:
-    """The first of equal documents stays; one id with two texts is an error."""
-    old = found.setdefault(doc.docid, doc)
-    if (old.title, old.text) != (doc.title, doc.text):
-        raise DataError(
-            f"document {doc.docid!r} appears twice with different texts", path=corpus, line=number
-        )
-
-
-def _bm25s(topics: Mapping[str, str], corpus: Path, most: int = 1000) -> dict[str, list[Candidate]]:
-    found: dict[str, Candidate] = {}
-    for number, doc in formats.read_corpus(corpus):
-        _keep(found, doc, corpus, number)
-    texts = [f"{d.title} {d.text}".strip() for d in found.values()]
+def _bm25s(topics: Mapping[str, str], corpus: Path) -> Run:
+    documents = list(formats.read_corpus(corpus))
+    texts = [f"{d.title} {d.text}".strip() for d in documents]
     if not any(texts):
         raise DataError("holds no document with a text", path=corpus)
-    documents, ranks = list(found.values()), bm25s_ranks(topics, texts, most)
+    ranks = bm25s_ranks(topics, texts, 1000)
     return {q: [replace(documents[i], score=n) for i, n in rows] for q, rows in ranks.items()}
 
 
-def bm25s_ranks(
-    topics: Mapping[str, str], texts: Iterable[str], most: int
-) -> dict[str, list[tuple[int, float]]]:
+def bm25s_ranks(topics: Mapping[str, str], texts: Iterable[str], most: int) -> Ranks:
     """BM25 (k1=0.9, b=0.4, Lucene's formula): (position, score) of the texts that match."""
     import bm25s
     import numpy as np
 
     model = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
     model.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
-    out: dict[str, list[tuple[int, float]]] = {}
+    out: Ranks = {}
     for qid, text in topics.items():
         [tokens] = bm25s.tokenize([text], stopwords="en", return_ids=False, show_progress=False)
         known = [token for token in tokens if token in model.vocab_dict]
@@ -307,9 +284,7 @@ def _prepared(spec: DatasetSpec, first_stage: str | None) -> Raw:
             " with --first-stage FILE, or a request file as the dataset"
         )
     kept = {k: n for k, n in found.facts["warnings"].items() if k.endswith("removed")}
-    candidates = {t.qid: t.candidates for t in found.topics}
-    topics = {t.qid: t.text for t in found.topics}
-    return Raw(topics, candidates, found.qrels, found.first_stage, kept, found.facts["depth"])
+    return _raw(found.topics, found.qrels, found.first_stage, kept, found.facts["depth"])
 
 
 def _irds(spec: DatasetSpec, first_stage: str | None) -> Raw:
@@ -320,29 +295,18 @@ def _irds(spec: DatasetSpec, first_stage: str | None) -> Raw:
     run = formats.read_run(path)
     with fetching(spec):
         dataset = irds_load(spec)
-        topics = {q.query_id: irds_text(q) for q in dataset.queries_iter()}
+        topics = {q.query_id: q.default_text() for q in dataset.queries_iter()}
         candidates = irds_texts(spec, dataset, run)
     return Raw(topics, candidates, irds_qrels(spec), stage_name(path))
 
 
-def irds_text(query: Any) -> str:
-    return str(query.default_text() if hasattr(query, "default_text") else query.text)
-
-
-def irds_texts(
-    spec: DatasetSpec, dataset: Any, run: Mapping[str, list[Candidate]]
-) -> dict[str, list[Candidate]]:
+def irds_texts(spec: DatasetSpec, dataset: Any, run: Run) -> Run:
     """A run with its documents' texts; a first stage that brought its own keeps them."""
-    wanted = {c.docid for rows in run.values() for c in rows if not c.text}
-    found: dict[str, Candidate] = {}
+    found = {c.docid: c for rows in run.values() for c in rows if c.text}
+    wanted = {c.docid for rows in run.values() for c in rows} - found.keys()
     for doc in _irds_documents(spec, dataset, wanted):
         found.setdefault(doc.doc_id, irds_candidate(doc))
-    if absent := sorted(wanted - found.keys())[:1]:
-        raise DataError(f"document {absent[0]!r} is not in {spec.irds}")
-    return {
-        qid: [replace(found.get(c.docid, c), score=c.score) for c in rows]
-        for qid, rows in run.items()
-    }
+    return _with_texts(run, found, spec.irds)
 
 
 def _irds_documents(spec: DatasetSpec, dataset: Any, wanted: set[str]) -> Iterator[Any]:
@@ -390,17 +354,10 @@ def irds_candidate(doc: Any) -> Candidate:
 
 
 def _pyserini(spec: DatasetSpec, first_stage: str | None) -> Raw:
-    if prepared_folder(spec).is_dir():
-        return _prepared(spec, first_stage)
     raise MissingResourceError(
         f"{spec.name}: {spec.note or 'its documents are in a pyserini index only'};"
         " bring a rank_llm request file with --qrels"
     )
 
 
-SOURCES: dict[str, Callable[[DatasetSpec, str | None], Raw]] = {
-    "requests": _requests,
-    "folder": _folder,
-    "irds": _irds,
-    "pyserini": _pyserini,
-}
+SOURCES = {"requests": _requests, "folder": _folder, "irds": _irds, "pyserini": _pyserini}

@@ -17,7 +17,8 @@ ENGINES = {"hf": "harness.engines.hf_local:HfEngine", "fake": "harness.engines.f
 def open_engine(family: str, spec: ModelSpec, **settings: Any) -> Engine:
     """An engine for one model; `settings` are the engine's own (base_url, served_model, ...)."""
     if family not in ENGINES:
-        raise RegistryError(f"unknown engine {family!r}", known=ENGINES, given=family)
+        there = " (--engine hf runs the same model)" if family in ("vllm", "http") else ""
+        raise RegistryError(f"unknown engine {family!r}{there}", known=ENGINES, given=family)
     module, _, name = ENGINES[family].partition(":")
     engine: Engine = getattr(importlib.import_module(module), name)(spec, **settings)
     return engine

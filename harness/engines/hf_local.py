@@ -23,6 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads make lat
 NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 _CONTEXT_TOKENS = 6  # decoded in front of an answer, so that its first space is not lost
 
+SCORED_ON_CPU = 2048  # padded tokens: a wider forward pass only leaves the processor's caches
+
 
 @dataclass(frozen=True)
 class _Pending:
@@ -167,7 +169,9 @@ class HfEngine:
     def _next_batch(self) -> list[_Pending]:
         same = [p for p in self._pending if p.kind == self._pending[0].kind]
         same.sort(key=lambda p: (-len(p.row), p.number))
-        return same[: max(1, min(self.batch_size, self.batch_tokens // len(same[0].row)))]
+        wide = same[0].budget or self.device != "cpu"
+        tokens = self.batch_tokens if wide else min(self.batch_tokens, SCORED_ON_CPU)
+        return same[: max(1, min(self.batch_size, tokens // len(same[0].row)))]
 
     def _answer(self, batch: list[_Pending]) -> list[Completion]:
         """Answers in equal shares of the batch's time; none if it is too big for the GPU."""

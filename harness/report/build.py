@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from harness.published import Published
 from harness.report import plots, tables, writers
@@ -32,7 +32,6 @@ def write(
     texts: Mapping[str, Any] | None = None,
     with_text: bool = False,
     published: Sequence[Published] = (),
-    _fakes: bool = False,
 ) -> list[Path]:
     """Write the reports of these cells below `out`; the same cells give the same bytes.
 
@@ -40,24 +39,24 @@ def write(
     quality table. Files of an earlier report that this one would not write are left alone.
     """
     wanted, placed = _known(formats), arranged(cells)
-    quality = tables.quality(placed, published, baseline="first-stage", _fakes=_fakes)
-    made = {"quality": quality, "efficiency": tables.efficiency(placed, _fakes=_fakes)}
+    quality = tables.quality(placed, published, baseline="first-stage")
+    made = {"quality": quality, "efficiency": tables.efficiency(placed)}
     printed = {
         f"{name}.{kind}": _printed(table, kind, name)
         for kind in sorted(wanted - {"html"})
         for name, table in made.items()
     }
     if "csv" in wanted:
-        printed["results_long.csv"] = writers.to_long_csv(placed, _fakes=_fakes)
+        printed["results_long.csv"] = writers.to_long_csv(placed)
     paths = [write_file(out / name, text) for name, text in printed.items()]
-    drawn = _plots(placed, out / "plots", _fakes) if wanted & DRAWN else []
+    drawn = _plots(placed, out / "plots") if wanted & DRAWN else []
     paths += drawn
     if "md" in wanted:
         paths.append(write_file(out / "README.md", _index(made, drawn, paths, out)))
     if "html" in wanted:
         from harness.report import page
 
-        paths += page.render(placed, out, texts=texts, with_text=with_text, allow_fake=_fakes)
+        paths += page.render(placed, out, texts=texts, with_text=with_text)
     return paths
 
 
@@ -71,7 +70,7 @@ def _known(formats: Sequence[str]) -> set[str]:
 def arranged(cells: Sequence[CellResult]) -> list[CellResult]:
     """By dataset as they come, then as in every table."""
     datasets = list(dict.fromkeys(cell.dataset for cell in cells))
-    return sorted(tables.shown(cells, fakes=True), key=lambda cell: datasets.index(cell.dataset))
+    return sorted(tables.ordered(cells), key=lambda cell: datasets.index(cell.dataset))
 
 
 def _printed(table: Table, kind: str, name: str) -> str:
@@ -80,22 +79,18 @@ def _printed(table: Table, kind: str, name: str) -> str:
     return writers.WRITERS[kind](table)
 
 
-def _plots(cells: Sequence[CellResult], out: Path, fakes: bool) -> list[Path]:
-    paths = [
-        path
-        for x in get_args(plots.Cost)
-        for path in plots.quality_against(cells, x, out, _fakes=fakes)
-    ]
-    paths += plots.gain_heatmap(cells, out, _fakes=fakes)
-    for best, first in _pairs(cells, fakes):
+def _plots(cells: Sequence[CellResult], out: Path) -> list[Path]:
+    paths = [path for x in plots.AXES for path in plots.quality_against(cells, x, out)]
+    paths += plots.gain_heatmap(cells, out)
+    for best, first in _pairs(cells):
         with contextlib.suppress(DataError):  # other queries: the table's notes say so
-            paths += plots.per_query_bars(best, first, out, _fakes=fakes)
+            paths += plots.per_query_bars(best, first, out)
     return paths
 
 
-def _pairs(cells: Sequence[CellResult], fakes: bool) -> list[tuple[CellResult, CellResult]]:
+def _pairs(cells: Sequence[CellResult]) -> list[tuple[CellResult, CellResult]]:
     """The best model of every dataset and first stage, beside that first stage."""
-    used = [cell for cell in tables.shown(cells, fakes) if tables.is_complete(cell)]
+    used = [cell for cell in tables.shown(cells) if tables.is_complete(cell)]
     firsts = tables.companions(used, "first-stage")
     ranked = sorted(
         (c for c in used if tables.MEASURE in c.measures and not tables.is_sanity(c)),

@@ -12,32 +12,27 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from harness.report import shards
+from harness.report import shards, tables
 from harness.report.shards import Texts
-from harness.stats import bootstrap_interval
+from harness.report.tables import MEASURE
+from harness.report.writers import write_file
+from harness.stats import interval_of
 from harness.types import CellResult
 
 SCHEMA_VERSION = 1  # of the page's data
-MEASURE = "nDCG@10"
-BASELINES = ("first-stage", "random", "reverse", "oracle")
 UNTYPICAL = ("random", "reverse", "oracle")  # would stretch a column's scale
 ASSETS = Path(__file__).parent / "assets"
 Board = dict[str, Any]
 
 
 def render(
-    cells: Sequence[CellResult],
-    out: Path,
-    *,
-    texts: Texts | None = None,
-    with_text: bool = False,
-    allow_fake: bool = False,
+    cells: Sequence[CellResult], out: Path, *, texts: Texts | None = None, with_text: bool = False
 ) -> list[Path]:
     """Write the page of these cells below `out`; returns the files written, index.html last.
 
@@ -46,17 +41,9 @@ def render(
     (`show_text` in the cell's record) or `with_text` says so. Cells of the scripted test engine
     and cells without measures are left out.
     """
-    shown = [c for c in cells if c.record.get("measures") and (allow_fake or not _fake(c))]
-    by_time = sorted(shown, key=lambda c: str(c.record.get("finished")))
-    latest = {shards.place(c): c for c in by_time}
-    ordered = [latest[place] for place in sorted(latest)]
-    written = shards.write_all(ordered, out / "data", texts or {}, with_text)
-    return [*written, shards.write(out / "index.html", _html(_board(ordered, texts or {})))]
-
-
-def _fake(cell: CellResult) -> bool:
-    engine = cell.record.get("environment", {}).get("engine") or {}
-    return bool(engine.get("engine") == "fake")
+    used = sorted((cell for cell in tables.shown(cells) if cell.measures), key=shards.place)
+    written = shards.write_all(used, out / "data", texts or {}, with_text)
+    return [*written, write_file(out / "index.html", _html(_board(used, texts or {})))]
 
 
 # --- the board --------------------------------------------------------------------------------
@@ -64,42 +51,43 @@ def _fake(cell: CellResult) -> bool:
 
 def _board(cells: Sequence[CellResult], texts: Texts) -> Board:
     """Columns (groups), rows and cells as plain values, the rows in the order of the table."""
-    groups = _columns(cells)
-    entries = [_entry(c, groups.index(shards.group(c))) for c in cells]
-    inside = [[c for c in cells if shards.group(c) == group] for group in groups]
-    heads = [_head(n, some, texts) for n, some in enumerate(inside)]
-    rows = {(c.model, shards.kind(c)): _row(c) for c in cells}
-    for cell, entry in zip(cells, entries, strict=True):
-        rows[cell.model, shards.kind(cell)]["cells"][entry["group"]] = entry
-    for group in range(len(groups)):
-        _mark(group, list(rows.values()), heads[group])
+    rows = {cell.model: _row(cell) for cell in cells}
+    heads = []
+    for number, inside in enumerate(_columns(cells)):
+        entries = {cell.model: _entry(cell, number) for cell in inside}
+        heads.append(_head(number, inside, texts) | {"scale": _mark(inside, entries)})
+        for model, entry in entries.items():
+            rows[model]["cells"][number] = entry
     names = [(head["first_stage"], head["depth"], head["short"]) for head in heads]
     for head, name in zip(heads, names, strict=True):
         head["twin"] = names.count(name) > 1
-    ordered = [row | {"number": n} for n, row in enumerate(sorted(rows.values(), key=_rank))]
+    placed = [row | {"number": n} for n, row in enumerate(sorted(rows.values(), key=_rank))]
     return {
         "schema_version": SCHEMA_VERSION,
         "groups": heads,
         "stages": _stages(heads),
-        "rows": ordered,
-        "models": sum(not row["baseline"] for row in ordered),
-        "references": sum(row["baseline"] for row in ordered),
-        "calls": sum(e["total_calls"] for e in entries),
+        "rows": placed,
+        "models": sum(not row["baseline"] for row in placed),
+        "references": sum(row["baseline"] for row in placed),
+        "calls": sum(entry["total_calls"] for row in placed for entry in row["cells"].values()),
         "finished": max((str(c.record.get("finished", "")) for c in cells), default=""),
         "cut": shards.CUT,
     }
 
 
-def _columns(cells: Sequence[CellResult]) -> list[tuple[str, ...]]:
+def _columns(cells: Sequence[CellResult]) -> list[list[CellResult]]:
     """The first stage and depth with the most cells come first, with all their datasets."""
     stages = Counter(shards.group(c)[:2] for c in cells)
-    return sorted({shards.group(c) for c in cells}, key=lambda g: (-stages[g[0], g[1]], g))
+    columns = defaultdict(list)
+    for cell in cells:
+        columns[shards.group(cell)].append(cell)
+    return [columns[g] for g in sorted(columns, key=lambda g: (-stages[g[:2]], g))]
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Best first in the first column that has the model."""
     place = min(row["cells"])
-    return (place, -row["cells"][place]["value"], row["model"], row["kind"])
+    return (place, -row["cells"][place]["value"], row["model"])
 
 
 def _head(number: int, cells: Sequence[CellResult], texts: Texts) -> Board:
@@ -108,8 +96,8 @@ def _head(number: int, cells: Sequence[CellResult], texts: Texts) -> Board:
     return {
         "number": number,
         "dataset": cells[0].dataset,
-        "short": _short(cells[0]),
-        "first_stage": cells[0].first_stage.removesuffix(f"+depth={record['depth']}"),
+        "short": tables.short(cells[0]),
+        "first_stage": tables.first_stage_of(cells[0]),
         "sha256": str(record["first_stage"].get("sha256") or ""),
         "depth": record["depth"],
         "queries": record["queries"],
@@ -118,14 +106,6 @@ def _head(number: int, cells: Sequence[CellResult], texts: Texts) -> Board:
         "first": shards.cell_name(first[0]) if first else None,
         "data": shards.dataset_name(cells[0].dataset) if cells[0].dataset in texts else None,
     }
-
-
-def _short(cell: CellResult) -> str:
-    """The papers' column head, unless the label says more than the dataset's plain name."""
-    dataset = cell.record["dataset"]
-    return str(
-        (dataset.get("short") if dataset.get("name") == cell.dataset else "") or cell.dataset
-    )
 
 
 def _stages(heads: Sequence[Board]) -> list[Board]:
@@ -145,9 +125,9 @@ def _row(cell: CellResult) -> Board:
     model = cell.record["model"]
     return {
         "model": cell.model,
-        "kind": shards.kind(cell),
+        "kind": "measured",
         "method": str(model["method"]),
-        "baseline": model["method"] in BASELINES,
+        "baseline": tables.is_sanity(cell),
         "base": str(model.get("base") or ""),
         "parameters": model.get("parameters"),
         "trained_on": [str(name) for name in model.get("trained_on") or ()],
@@ -157,58 +137,43 @@ def _row(cell: CellResult) -> Board:
 
 def _entry(cell: CellResult, group: int) -> Board:
     """What the table shows of one cell; costs are means over its queries."""
-    record, queries = cell.record, max(1, int(cell.record["queries"]))
-    measure, costs = _measure(cell), cell.record.get("efficiency") or {}
-    low, high = _interval([float(row.get(measure) or 0) for row in cell.per_query])
-    counts = {k: v for k, v in (record.get("faults") or {}).items() if k != "no_op_rate"}
-    calls = counts.pop("calls", 0)
+    record, measure, numbers = cell.record, _measure(cell), tables.numbers_of(cell)
+    interval = interval_of(cell, measure)
+    known = not math.isnan(interval.low + interval.high)
     return {
         "id": shards.cell_name(cell),
         "group": group,
         "value": cell.measures[measure],
-        "low": low,
-        "high": high,
-        "total_calls": calls,
-        "calls": _per(costs.get("calls"), queries),
-        "prompt": _per(costs.get("prompt_tokens"), queries),
-        "tokens": _per(costs.get("generated_tokens"), queries),
-        "seconds": _per(costs.get("seconds"), queries),
-        "faults": 100 * sum(counts.values()) / calls if calls else None,
+        "low": interval.low if known else None,
+        "high": interval.high if known else None,
+        "total_calls": tables.part(cell, "faults").get("calls", 0),
+        "calls": numbers["calls"],
+        "prompt": numbers["prompt_tokens"],
+        "tokens": numbers["generated_tokens"],
+        "seconds": numbers["seconds"],
+        "faults": numbers["fault_share"],
         "in_domain": bool(record["dataset"].get("in_domain")),
-        "state": str(record.get("state", "complete")),
+        "state": str(record["state"]),
         "mark": 0,
         "whisker": None,
         "queries": record["queries"],
     }
 
 
-def _per(total: float | None, queries: int) -> float | None:
-    return None if total is None else total / queries
-
-
-def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    found = bootstrap_interval(values)
-    return (None, None) if math.isnan(found.low + found.high) else (found.low, found.high)
-
-
-def _mark(group: int, rows: Sequence[Board], head: Board) -> None:
-    """Best and second by unrounded value, ties alike; and the scale of the column's whiskers."""
-    here = [(row, row["cells"][group]) for row in rows if group in row["cells"]]
-    ranked = [e for row, e in here if not row["baseline"] and e["state"] == "complete"]
-    best = sorted({e["value"] for e in ranked}, reverse=True)
-    for entry in ranked:
-        entry["mark"] = best.index(entry["value"]) + 1 if entry["value"] in best[:2] else 0
-    typical = [e for row, e in here if row["method"] not in UNTYPICAL and e["low"] is not None]
-    low = min((e["low"] for e in typical), default=0.0)
-    high = max((e["high"] for e in typical), default=1.0)
-    head["scale"] = [low, high if high > low else low + 1.0]
+def _mark(cells: Sequence[CellResult], entries: Mapping[str, Board]) -> list[float]:
+    """Mark a column's best and second, draw its whiskers; returns their scale."""
+    ranked = [c.model for c in cells if tables.is_complete(c) and not tables.is_sanity(c)]
+    for model, place in tables.podium({name: entries[name]["value"] for name in ranked}).items():
+        entries[model]["mark"] = place
+    usual = [entries[c.model] for c in cells if c.record["model"]["method"] not in UNTYPICAL]
+    typical = [entry for entry in usual if entry["low"] is not None]
+    low = min((entry["low"] for entry in typical), default=0.0)
+    high = max((entry["high"] for entry in typical), default=1.0)
+    width = high - low or 1.0
     for entry in typical:
         ends = (entry["low"], entry["value"], entry["high"])
-        entry["whisker"] = [_along(head["scale"], value) for value in ends]
-
-
-def _along(scale: Sequence[float], value: float) -> float:
-    return round(100 * (value - scale[0]) / (scale[1] - scale[0]), 1)
+        entry["whisker"] = [round(100 * (end - low) / width, 1) for end in ends]
+    return [low, low + width if high == low else high]
 
 
 def _html(board: Board) -> str:

@@ -7,17 +7,15 @@ know how a cell was run, and it loads matplotlib only when something is drawn.
 from __future__ import annotations
 
 import io
-import math
 import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
-from typing import Any, Literal
+from typing import Any
 
 from harness.report import tables
 from harness.report.tables import MEASURE, block_of, is_sanity, rounded, short
@@ -25,7 +23,6 @@ from harness.report.writers import csv_text, plain, write_file
 from harness.stats import Paired, align, bootstrap_interval, paired
 from harness.types import CellResult
 
-Cost = Literal["generated_tokens", "seconds", "calls"]
 AXES = {
     "generated_tokens": "generated tokens per query",
     "seconds": "engine seconds per query",
@@ -101,30 +98,27 @@ class _Panel:
         return front
 
 
-def quality_against(
-    cells: Sequence[CellResult], x: Cost, out: Path, *, _fakes: bool = False
-) -> list[Path]:
+def quality_against(cells: Sequence[CellResult], x: str, out: Path) -> list[Path]:
     """nDCG@10 against a cost, one panel for dataset and first stage, into the folder `out`.
 
     The line is the Pareto front, bars are 95 % bootstrap intervals of the mean over queries. A
     panel in which every model costs 0 is left out.
     """
-    panels = _panels(cells, x, _fakes)
+    panels = _panels(cells, x)
     if not panels:
         return []
     wide = min(3, len(panels))
     tall = -(-len(panels) // wide)
-    with _figure(0.4 + (4.6 if wide == 1 else 3.6) * wide, 3.1 * tall) as figure:
+    names = {p.model for panel in panels for p in panel.points}
+    legend = 0.17 * -(-len(names) // (2 * wide))
+    with _figure(0.4 + (4.6 if wide == 1 else 3.6) * wide, 3.1 * tall + legend) as figure:
         grid = figure.subplots(tall, wide, squeeze=False).flat
         for place, axes in enumerate(grid):
             if place < len(panels):
                 _draw(axes, panels[place], AXES[x])
                 axes.set_ylabel("" if place % wide else f"{MEASURE} x 100")
             axes.set_visible(place < len(panels))
-        figure.canvas.draw()  # fixes the layout, which the labels need
-        figure.set_layout_engine("none")
-        for axes, panel in zip(figure.axes, panels):
-            _label(axes, panel)
+        _legend(figure, wide)
         return _save(figure, out / f"quality_against_{x}", _points_csv(panels, x))
 
 
@@ -137,9 +131,9 @@ def _points_csv(panels: Sequence[_Panel], x: str) -> Iterator[Sequence[Any]]:
             yield (panel.title, name, None, y, None, None, None)
 
 
-def _panels(cells: Sequence[CellResult], x: str, fakes: bool) -> list[_Panel]:
+def _panels(cells: Sequence[CellResult], x: str) -> list[_Panel]:
     """One for dataset and first stage; a model looks the same in all of them."""
-    used = [cell for cell in tables.shown(cells, fakes) if tables.is_complete(cell)]
+    used = [cell for cell in tables.shown(cells) if tables.is_complete(cell)]
     used = [cell for cell in used if MEASURE in cell.measures and not tables.is_latency(cell)]
     models = list(dict.fromkeys(cell.model for cell in used if not is_sanity(cell)))
     groups: dict[str, list[CellResult]] = defaultdict(list)
@@ -174,7 +168,7 @@ def _draw(axes: Any, panel: _Panel, name: str) -> None:
     for p in panel.points:
         axes.vlines(p.x, p.low, p.high, color=p.colour, lw=0.9, alpha=0.7, zorder=2)
         look = {"color": p.colour, "ms": 5.5, "mec": "white", "mew": 0.5}
-        axes.plot(p.x, p.y, p.marker, zorder=3, **look)
+        axes.plot(p.x, p.y, p.marker, zorder=3, label=plain(p.model), **look)
     for model, y in panel.references.items():
         _reference(axes, model, y)
 
@@ -210,61 +204,21 @@ def _reference(axes: Any, name: str, y: float) -> None:
     axes.text(0.995, height, text, color="#555555", size=7, **where)
 
 
-def _label(axes: Any, panel: _Panel) -> None:
-    """Name every point near it, where no other name or point stands and few lines pass."""
-    from matplotlib.colors import to_rgb
-
-    frame, (solid, thin) = axes.get_window_extent(), _obstacles(axes, panel)
-
-    def price(place: tuple[int, Any]) -> float:
-        number, box = place
-        outside = not (frame.contains(*box.p0) and frame.contains(*box.p1))
-        crossed = 4 * box.count_overlaps(solid) + box.count_overlaps(thin)
-        return float(crossed + 20 * outside + number / 40)
-
-    for p in sorted(panel.points, key=lambda p: -p.y):
-        dark = [0.65 * part for part in to_rgb(p.colour)]
-        text = axes.text(0, 0, plain(p.model), size=7, color=dark, zorder=4)
-        size, (x, y) = text.get_window_extent(), axes.transData.transform((p.x, p.y))
-        boxes = [size.translated(x + u - size.x0, y + v - size.y0) for u, v in _offsets(size)]
-        _, box = min(enumerate(boxes), key=price)
-        solid.append(box)
-        near = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
-        corner, *line = axes.transData.inverted().transform([box.p0, (x, y), near])
-        text.set_position(corner)
-        if math.dist(near, (x, y)) > 14:
-            axes.plot(*zip(*line), color="#999999", lw=0.5, zorder=1)
-
-
-def _obstacles(axes: Any, panel: _Panel) -> tuple[list[Any], list[Any]]:
-    """In pixels: points and names that stand already; bars, levels and the front's steps."""
-    from matplotlib.transforms import Bbox
-
-    left, right = axes.get_xlim()
-    lines = [((left, y), (right, y)) for y in panel.references.values()]
-    lines += [((p.x, p.low), (p.x, p.high)) for p in panel.points if p.low == p.low]
-    lines += [((p.x, p.y), (follow.x, p.y)) for p, follow in pairwise(panel.front)]
-    thin = [Bbox(axes.transData.transform(line)).padded(1) for line in lines]
-    points = [axes.transData.transform((p.x, p.y)) for p in panel.points]
-    solid = [Bbox([point, point]).padded(5) for point in points]
-    return solid + [text.get_window_extent() for text in axes.texts], thin
-
-
-def _offsets(size: Any) -> Iterator[tuple[float, float]]:
-    """In pixels, of a name's lower left corner from its point, nearest first."""
-    width, height = size.width, size.height
-    for far in range(7, 90, 6):
-        for up in (-height / 2, 2, -height - 2, far, -far - height):
-            yield from ((far, up), (-far - width, up))
-        yield from ((-width / 2, far), (-width / 2, -far - height))
+def _legend(figure: Any, wide: int) -> None:
+    """Name every model once, below the panels; it looks the same in all of them."""
+    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles = {name: line for lines, names in drawn for line, name in zip(lines, names)}
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=2 * wide, frameon=False
+    )
 
 
 # --- gains ------------------------------------------------------------------------------------
 
 
-def gain_heatmap(cells: Sequence[CellResult], out: Path, *, _fakes: bool = False) -> list[Path]:
+def gain_heatmap(cells: Sequence[CellResult], out: Path) -> list[Path]:
     """Gain over the first stage in nDCG@10 x 100, models x datasets, into the folder `out`."""
-    used = [cell for cell in tables.shown(cells, _fakes) if not tables.is_latency(cell)]
+    used = [cell for cell in tables.shown(cells) if not tables.is_latency(cell)]
     first = tables.companions(used, "first-stage")
     gains = {
         (block_of(cell), cell.model, cell.dataset): 100 * found
@@ -308,9 +262,9 @@ def _heat(figure: Any, values: Any, names: Sequence[str], heads: Sequence[str]) 
     figure.colorbar(image, ax=axes, pad=0.02)
 
 
-def per_query_bars(a: CellResult, b: CellResult, out: Path, *, _fakes: bool = False) -> list[Path]:
+def per_query_bars(a: CellResult, b: CellResult, out: Path) -> list[Path]:
     """Sorted per-query differences a - b in nDCG@10, into the folder `out`."""
-    if len(tables.shown((a, b), _fakes)) < 2:
+    if len(tables.shown((a, b))) < 2:
         return []
     left, right = align(a, b, MEASURE)
     qids = [str(row["qid"]) for row in a.per_query if row.get(MEASURE) is not None]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from harness import store
+from harness.report.writers import write_file
 from harness.types import CellResult, digest
 
 CUT = 4000  # characters of one answer; of a longer one the first and the last half are kept
@@ -40,7 +40,7 @@ def write_all(
     written = []
     for name, content in _shards(cells, texts, with_text):
         code = f"__shard({json.dumps(name)},{script_json(content)})\n"
-        written.append(write(folder / f"{name}.js", code))
+        written.append(write_file(folder / f"{name}.js", code))
     _remove_stale(folder, {path.name for path in written})
     return written
 
@@ -53,11 +53,7 @@ def group(cell: CellResult) -> tuple[str, ...]:
 
 
 def place(cell: CellResult) -> tuple[str, ...]:
-    return (*group(cell), cell.model, kind(cell))
-
-
-def kind(cell: CellResult) -> str:
-    return str(cell.record.get("kind", "measured"))
+    return (*group(cell), cell.model)
 
 
 def cell_name(cell: CellResult) -> str:
@@ -182,14 +178,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(text.encode("utf-8", "replace"))
-    part.replace(path)
-    return path
 
 
 def _remove_stale(folder: Path, keep: set[str]) -> None:

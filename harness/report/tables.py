@@ -30,7 +30,7 @@ SIGNS = {
     ABSENT: "not run; no average is printed where a dataset of the row is missing.",
 }
 Mark = Literal["", "best", "second"]
-MARKS: tuple[Mark, ...] = ("best", "second")
+MARKS: tuple[Mark, ...] = ("", "best", "second")
 Better = Literal["", "high", "low"]
 
 
@@ -139,16 +139,21 @@ def short(cell: CellResult) -> str:
     return name if limit is None else f"{name}, first {limit}"
 
 
-def shown(cells: Iterable[CellResult], fakes: bool = False) -> list[CellResult]:
-    """What a report may show, by block: first stage, other baselines, models as given, oracle."""
-    allowed = [cell for cell in cells if fakes or not is_fake(cell)]
-    blocks = list(dict.fromkeys(map(block_of, allowed)))
+def shown(cells: Iterable[CellResult]) -> list[CellResult]:
+    """What a report may show, in the order of its tables."""
+    return ordered(cell for cell in cells if not is_fake(cell))
+
+
+def ordered(cells: Iterable[CellResult]) -> list[CellResult]:
+    """By block: first stage, other baselines, models as given, oracle."""
+    given = list(cells)
+    blocks = list(dict.fromkeys(map(block_of, given)))
     order = {"first-stage": 0, "random": 1, "reverse": 1, "oracle": 3}
 
     def place(cell: CellResult) -> tuple[int, int]:
         return blocks.index(block_of(cell)), order.get(cell.record["model"]["method"], 2)
 
-    return sorted(allowed, key=place)
+    return sorted(given, key=place)
 
 
 def cost(cell: CellResult, key: str) -> float | None:
@@ -172,6 +177,13 @@ def gain(
     return cell.measures[measure] - base.measures[measure] if known else None
 
 
+def podium(numbers: Mapping[Any, float]) -> dict[Any, int]:
+    """1 for the best and 2 for the second, before rounding; ties share their place."""
+    known = {key: round(n, 9) for key, n in numbers.items()}  # sums differ in the last digits
+    best = sorted(set(known.values()), reverse=True)[:2]
+    return {key: best.index(n) + 1 for key, n in known.items() if n in best}
+
+
 # --- quality ----------------------------------------------------------------------------------
 
 Key = tuple[str, str, str]  # block, model, column
@@ -180,19 +192,14 @@ Tests = Mapping[Key, tuple[list[float], list[float]]]  # per-query values, and t
 
 
 def quality(
-    cells: Sequence[CellResult],
-    published: Sequence[Published] = (),
-    *,
-    baseline: str = "",
-    everything: bool = False,
-    _fakes: bool = False,
+    cells: Sequence[CellResult], published: Sequence[Published] = (), *, baseline: str = ""
 ) -> Table:
     """nDCG@10 x 100, models x datasets; a block for each first stage and depth.
 
     baseline    the row, as a rule "first-stage", that the others are tested against
-    published   figures to print below the row of their model; of all models with `everything`
+    published   figures to print below the row of their model
     """
-    used = [cell for cell in shown(cells, _fakes) if not is_latency(cell)]
+    used = [cell for cell in shown(cells) if not is_latency(cell)]
     grid = {(block_of(cell), cell.model, cell.dataset): cell for cell in used}
     columns, tests = _columns(used), _tests(grid, baseline)
     rows = _rows(grid, columns, tests)
@@ -200,7 +207,7 @@ def quality(
     notes = [*_signs(rows), *_mixed(used), *_power(tests, columns), *told]
     caption = _caption(used, baseline, len(tests)) if used else "No finished cells."
     table = Table("Ranking quality", tuple(columns), tuple(rows), tuple(notes), caption)
-    return _with_published(table, published, everything) if published else table
+    return _with_published(table, published) if published else table
 
 
 def _columns(cells: Sequence[CellResult]) -> dict[Column, list[str]]:
@@ -252,12 +259,9 @@ def _marks(numbers: Mapping[Key, float], grid: Grid) -> dict[Key, Mark]:
     races: dict[Place, dict[Key, float]] = defaultdict(dict)
     for key, number in numbers.items():
         if key[:2] not in barred and (key not in grid or is_complete(grid[key])):
-            races[key[0], key[2]][key] = round(number, 9)  # equal sums differ in the last digits
-    marks: dict[Key, Mark] = {}
-    for race in races.values():
-        names = dict(zip(sorted(set(race.values()), reverse=True), MARKS))
-        marks |= {key: names[n] for key, n in race.items() if n in names and len(race) > 1}
-    return marks
+            races[key[0], key[2]][key] = number
+    contested = [race for race in races.values() if len(race) > 1]
+    return {key: MARKS[n] for race in contested for key, n in podium(race).items()}
 
 
 def _tests(grid: Grid, baseline: str) -> Tests:
@@ -360,7 +364,7 @@ def _power(tests: Tests, columns: Iterable[Column]) -> Iterator[str]:
 # --- published figures ------------------------------------------------------------------------
 
 
-def _with_published(table: Table, published: Iterable[Published], everything: bool) -> Table:
+def _with_published(table: Table, published: Iterable[Published]) -> Table:
     """Put figures below the rows of their model, where first stage and depth agree."""
     heads = {column.key: column.head for column in table.columns}
     figures = [p for p in published if p.measure == MEASURE and p.dataset in heads]
@@ -370,13 +374,10 @@ def _with_published(table: Table, published: Iterable[Published], everything: bo
         families: dict[str, list[Row]] = defaultdict(list)
         for row in measured:  # a variant of a model stands for the model
             families[row.label.partition("@")[0]].append(row)
-        found = {name: [p for p in figures if p.model == name] for name in families}
-        for p in figures if everything else ():
-            if p.model not in families and _block(p) == block:
-                found.setdefault(p.name_as_published, []).append(p)
-        for name, some in found.items():
+        for name, family in families.items():
+            some = [p for p in figures if p.model == name]
             here = [p for p in some if _block(p) == block]
-            rows += families[name] + [_published_row(name, block, here, heads)] * bool(here)
+            rows += family + [_published_row(name, block, here, heads)] * bool(here)
             sources += _sources(name, block, some, heads)
     caption = f"{table.caption} (published): printed elsewhere, not measured here; never marked."
     notes = (*table.notes, *_told(sources))
@@ -442,9 +443,9 @@ EXPLAINED = (
 )
 
 
-def efficiency(cells: Sequence[CellResult], *, _fakes: bool = False) -> Table:
+def efficiency(cells: Sequence[CellResult]) -> Table:
     """What every model cost and did, one block for dataset and first stage, both protocols."""
-    used = [cell for cell in shown(cells, _fakes) if cell.record["state"] != "failed"]
+    used = [cell for cell in shown(cells) if cell.record["state"] != "failed"]
     timed = any(part(cell, "efficiency", "latency") for cell in used)
     keys = (*EFFICIENCY, *("latency_median", "latency_p90") * timed)
     baselines = {cell.model for cell in used if is_sanity(cell)}
@@ -455,7 +456,7 @@ def efficiency(cells: Sequence[CellResult], *, _fakes: bool = False) -> Table:
 
 def summary(cells: Sequence[CellResult]) -> Table:
     """What a run came to: quality, cost and faults of every cell, fake ones with a sign."""
-    used = shown(cells, fakes=True)
+    used = ordered(cells)
     names = [name for cell in used for name in cell.measures]
     keys = (MEASURE if MEASURE in names or not names else names[0], *SUMMARY)
     notes = (f"{FAKE} {SIGNS[FAKE]}",) * any(map(is_fake, used))
@@ -475,7 +476,7 @@ def _per_cell(cells: Sequence[CellResult], keys: Sequence[str]) -> list[Row]:
     for cell in cells:
         place = cell.dataset, block_of(cell)
         ours, most = gain(cell, first, measure), gain(best.get(place, cell), first, measure)
-        numbers = {**cell.measures, **_numbers(cell), "gain": ours}
+        numbers = {**cell.measures, **numbers_of(cell), "gain": ours}
         if place in best and ours is not None and most and most > 0:
             numbers["gain_share"] = 100 * ours / most
         line = [
@@ -488,7 +489,7 @@ def _per_cell(cells: Sequence[CellResult], keys: Sequence[str]) -> list[Row]:
     return sorted(rows, key=lambda row: groups.index(row.group))
 
 
-def _numbers(cell: CellResult) -> dict[str, float | None]:
+def numbers_of(cell: CellResult) -> dict[str, float | None]:
     """A cell's own numbers by column: costs per query, faults in percent of the calls."""
     faults, times = dict(part(cell, "faults")), part(cell, "efficiency", "latency")
     calls, no_op = faults.pop("calls", None), faults.pop("no_op_rate", None)
@@ -501,4 +502,5 @@ def _numbers(cell: CellResult) -> dict[str, float | None]:
         "latency_median": times.get("median"),
         "latency_p90": times.get("p90"),
         "faults": sum(faults.values()) if faults else None,
+        "fault_share": 100 * sum(faults.values()) / calls if calls else None,
     }

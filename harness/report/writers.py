@@ -1,6 +1,6 @@
-"""Every format of a table: text, Markdown, CSV, JSON, LaTeX and HTML, from the same printed values.
+"""Every format of a table: text, Markdown, LaTeX, CSV and JSON, from the same printed values.
 
-Owns escaping, so that no name can steer a terminal, a page or TeX, and how files are written. It
+Owns escaping, so that no name can steer a terminal, Markdown or TeX, and how files are written. It
 must not round: what is printed was decided when the table was made.
 """
 
@@ -30,7 +30,7 @@ def write_file(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     with os.fdopen(handle, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
     os.chmod(name, 0o644)
     os.replace(name, path)
     return path
@@ -149,32 +149,6 @@ def _latex_value(v: Value) -> str:
     return mark.format(minus + text) + _latex(v.note)
 
 
-def to_html(table: Table) -> str:
-    """An escaped <table> and its notes; data-value holds the unrounded number for sorting."""
-    e = html.escape
-    above = "".join(f'<th colspan="{n}" scope="colgroup">{e(g)}</th>' for g, n in _spans(table))
-    heads = [f'<th scope="col" data-better="{c.better}">{e(c.head)}</th>' for c in table.columns]
-    lines = [f"<table>\n<caption><b>{e(table.title)}.</b> {e(table.caption)}</caption>", "<thead>"]
-    lines += [f"<tr><td></td>{above}</tr>"] * bool(above)
-    lines += [f'<tr><th scope="col">Model</th>{"".join(heads)}</tr>', "</thead>"]
-    for group, rows in _blocks(table):
-        wide = len(table.columns) + 1
-        lines += ["<tbody>", f'<tr><th colspan="{wide}" scope="rowgroup">{e(group)}</th></tr>']
-        for row in rows:
-            cells = "".join(map(_html_value, row.cells))
-            lines.append(f'<tr class="{row.kind}"><th scope="row">{e(row.label)}</th>{cells}</tr>')
-        lines.append("</tbody>")
-    notes = [f"<li>{e(note)}</li>" for note in table.notes]
-    return "\n".join([*lines, "</table>", '<ul class="notes">', *notes, "</ul>", ""])
-
-
-def _html_value(v: Value) -> str:
-    mark = {"": "{}", "best": "<strong>{}</strong>", "second": "<u>{}</u>"}[v.mark]
-    note = f"<sup>{html.escape(v.note)}</sup>" if v.note else ""
-    data = "" if v.number is None else f' data-value="{v.number!r}"'
-    return f"<td{data}>{mark.format(html.escape(v.text))}{note}</td>"
-
-
 # --- for programs -----------------------------------------------------------------------------
 
 
@@ -194,22 +168,14 @@ def to_csv(table: Table) -> str:
 
 COSTS = ("calls", "prompt_tokens", "generated_tokens", "seconds")
 LONG = (
-    "model",
-    "dataset",
-    "first_stage",
-    "depth",
-    "protocol",
-    "measure",
-    "value",
-    "queries",
-    "key",
-)
+    "model", "dataset", "first_stage", "depth", "protocol", "measure", "value", "queries", "key",
+)  # fmt: skip
 
 
-def to_long_csv(cells: Sequence[CellResult], *, _fakes: bool = False) -> str:
+def to_long_csv(cells: Sequence[CellResult]) -> str:
     """One row per finished cell and measure, unrounded; costs are totals of the cell."""
     rows: list[Sequence[Any]] = [(*LONG, *COSTS)]
-    for cell in tables.shown(cells, _fakes):
+    for cell in tables.shown(cells):
         record, costs = cell.record, tables.part(cell, "efficiency")
         kind = tables.part(cell, "protocol").get("kind")
         start = (cell.model, cell.dataset, tables.first_stage_of(cell), record["depth"], kind)
@@ -224,5 +190,5 @@ def to_json(table: Table) -> str:
 
 
 WRITERS: dict[str, Callable[[Table], str]] = {
-    "md": to_markdown, "csv": to_csv, "tex": to_latex, "html": to_html, "json": to_json,
+    "md": to_markdown, "csv": to_csv, "tex": to_latex, "json": to_json,
 }  # fmt: skip
