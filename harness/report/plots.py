@@ -7,12 +7,14 @@ know how a cell was run, and it loads matplotlib only when something is drawn.
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -109,16 +111,17 @@ def quality_against(cells: Sequence[CellResult], x: str, out: Path) -> list[Path
         return []
     wide = min(3, len(panels))
     tall = -(-len(panels) // wide)
-    names = {p.model for panel in panels for p in panel.points}
-    legend = 0.17 * -(-len(names) // (2 * wide))
-    with _figure(0.4 + (4.6 if wide == 1 else 3.6) * wide, 3.1 * tall + legend) as figure:
+    with _figure(0.4 + (4.6 if wide == 1 else 3.6) * wide, 3.1 * tall) as figure:
         grid = figure.subplots(tall, wide, squeeze=False).flat
         for place, axes in enumerate(grid):
             if place < len(panels):
                 _draw(axes, panels[place], AXES[x])
                 axes.set_ylabel("" if place % wide else f"{MEASURE} x 100")
             axes.set_visible(place < len(panels))
-        _legend(figure, wide)
+        figure.canvas.draw()  # fixes the layout, which the labels need
+        figure.set_layout_engine("none")
+        for axes, panel in zip(figure.axes, panels):
+            _label(axes, panel)
         return _save(figure, out / f"quality_against_{x}", _points_csv(panels, x))
 
 
@@ -168,7 +171,7 @@ def _draw(axes: Any, panel: _Panel, name: str) -> None:
     for p in panel.points:
         axes.vlines(p.x, p.low, p.high, color=p.colour, lw=0.9, alpha=0.7, zorder=2)
         look = {"color": p.colour, "ms": 5.5, "mec": "white", "mew": 0.5}
-        axes.plot(p.x, p.y, p.marker, zorder=3, label=plain(p.model), **look)
+        axes.plot(p.x, p.y, p.marker, zorder=3, **look)
     for model, y in panel.references.items():
         _reference(axes, model, y)
 
@@ -204,13 +207,53 @@ def _reference(axes: Any, name: str, y: float) -> None:
     axes.text(0.995, height, text, color="#555555", size=7, **where)
 
 
-def _legend(figure: Any, wide: int) -> None:
-    """Name every model once, below the panels; it looks the same in all of them."""
-    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
-    handles = {name: line for lines, names in drawn for line, name in zip(lines, names)}
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=2 * wide, frameon=False
-    )
+def _label(axes: Any, panel: _Panel) -> None:
+    """Name every point near it, where no other name or point stands and few lines pass."""
+    from matplotlib.colors import to_rgb
+
+    frame, (solid, thin) = axes.get_window_extent(), _obstacles(axes, panel)
+
+    def price(place: tuple[int, Any]) -> float:
+        number, box = place
+        outside = not (frame.contains(*box.p0) and frame.contains(*box.p1))
+        crossed = 4 * box.count_overlaps(solid) + box.count_overlaps(thin)
+        return float(crossed + 20 * outside + number / 40)
+
+    for p in sorted(panel.points, key=lambda p: -p.y):
+        dark = [0.65 * part for part in to_rgb(p.colour)]
+        text = axes.text(0, 0, plain(p.model), size=7, color=dark, zorder=4)
+        size, (x, y) = text.get_window_extent(), axes.transData.transform((p.x, p.y))
+        boxes = [size.translated(x + u - size.x0, y + v - size.y0) for u, v in _offsets(size)]
+        _, box = min(enumerate(boxes), key=price)
+        solid.append(box)
+        near = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
+        corner, *line = axes.transData.inverted().transform([box.p0, (x, y), near])
+        text.set_position(corner)
+        if math.dist(near, (x, y)) > 14:
+            axes.plot(*zip(*line), color="#999999", lw=0.5, zorder=1)
+
+
+def _obstacles(axes: Any, panel: _Panel) -> tuple[list[Any], list[Any]]:
+    """In pixels: points and names that stand already; bars, levels and the front's steps."""
+    from matplotlib.transforms import Bbox
+
+    left, right = axes.get_xlim()
+    lines = [((left, y), (right, y)) for y in panel.references.values()]
+    lines += [((p.x, p.low), (p.x, p.high)) for p in panel.points if p.low == p.low]
+    lines += [((p.x, p.y), (follow.x, p.y)) for p, follow in pairwise(panel.front)]
+    thin = [Bbox(axes.transData.transform(line)).padded(1) for line in lines]
+    points = [axes.transData.transform((p.x, p.y)) for p in panel.points]
+    solid = [Bbox([point, point]).padded(5) for point in points]
+    return solid + [text.get_window_extent() for text in axes.texts], thin
+
+
+def _offsets(size: Any) -> Iterator[tuple[float, float]]:
+    """In pixels, of a name's lower left corner from its point, nearest first."""
+    width, height = size.width, size.height
+    for far in range(7, 90, 6):
+        for up in (-height / 2, 2, -height - 2, far, -far - height):
+            yield from ((far, up), (-far - width, up))
+        yield from ((-width / 2, far), (-width / 2, -far - height))
 
 
 # --- gains ------------------------------------------------------------------------------------
