@@ -40,6 +40,21 @@ def models(registry: Registry) -> Rows:
     ]
 
 
+def models_in_brief(registry: Registry) -> Rows:
+    """What fits a terminal's width: the weights that matter, the adapter where there is one."""
+    return [
+        {
+            "model": spec.name,
+            "method": spec.method,
+            "weights": (spec.adapter or spec.base).removeprefix("wheel:") or None,
+            "revision": _pinned(spec),
+            "B": spec.parameters,
+            "trained on": list(spec.trained_on) or None,
+        }
+        for spec in registry.models.values()
+    ]
+
+
 def _pinned(spec: ModelSpec) -> str | None:
     if not spec.base:
         return None

@@ -40,7 +40,9 @@ def list_(
     if what == "models" and format == "md":
         print(listing.models_page(open_registry(registry)))
         return
-    print_rows(listing.LISTS[what](open_registry(registry)), format)
+    brief = what == "models" and format == "text"
+    rows = listing.models_in_brief if brief else listing.LISTS[what]
+    print_rows(rows(open_registry(registry)), format)
 
 
 @app.command()
