@@ -219,3 +219,15 @@ def test_a_file_cache_survives_the_process(tmp_path: Path) -> None:
     engine = FakeEngine(SPEC)
     assert rankings(drive(engine, Cache(tmp_path / "calls.sqlite"))) == expected
     assert engine.asked == []
+
+
+def test_a_reversed_judge_reaches_the_mirror_of_the_true_one() -> None:
+    def sorted_by_windows(mode: str) -> tuple[str, ...]:
+        query = queries()[4]
+        flow = listwise.sliding_window(query, ORDER, size=6, stride=3, passes=9)
+        engine = FakeEngine(SPEC, mode=mode)
+        key = Identity(engine.fingerprint).key
+        [done] = schedule.run([("q4", flow)], engine, Cache(None), key=key, concurrency=1)
+        return done.ranking.docids
+
+    assert sorted_by_windows("reversed") == sorted_by_windows("oracle")[::-1]

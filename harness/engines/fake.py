@@ -14,7 +14,7 @@ from harness.types import Completion, EngineError, ModelSpec, Request
 class FakeEngine:
     """Answers come in a seeded random order and in lumps; `grade` decides who is better.
 
-    mode: oracle | noisy | garbled | cut-off | dying (after `survive` answers)
+    mode: oracle | noisy | reversed | garbled | cut-off | dying (after `survive` answers)
     """
 
     spec: ModelSpec
@@ -76,7 +76,8 @@ class FakeEngine:
 
     def _graded(self, request: Request, docid: str) -> float:
         noise = 0.5 if self.mode == "noisy" else 0.0
-        return self.grade(request, docid) + Random(f"{docid}:{request.shown}").gauss(0, noise)
+        grade = self.grade(request, docid) + Random(f"{docid}:{request.shown}").gauss(0, noise)
+        return -grade if self.mode == "reversed" else grade
 
     def _text(self, prompt: str, grades: list[float]) -> str:
         if self.mode == "garbled":
