@@ -115,9 +115,13 @@ def real_run(folder: Path, model: Path, results: Path) -> subprocess.Popen[str]:
     words += ["--set", "limits.max_tokens=48", "--set", "num_child=3", "-d", str(folder)]
     command = [sys.executable, "-m", "harness", "run", *words, "--results", str(results)]
     env = os.environ | {"RERANK_HARNESS_CACHE": str(results.parent / "models")}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, env=env, preexec_fn=hears_interrupts)
+
+
+def hears_interrupts() -> None:
+    """A test run in the background of a shell has interrupts ignored, and would hand that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

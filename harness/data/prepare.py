@@ -60,7 +60,7 @@ def _irds(spec: DatasetSpec, first_stage: str | None, depth: int) -> sources.Raw
             run, name = _retrieved(spec, dataset, queries, stage, depth, qrels), stage
         notes: Counter[str] = Counter()
         cut = {q.query_id: _allowed(spec, q.query_id, run, qrels, notes)[:depth] for q in queries}
-        topics = {q.query_id: q.default_text() for q in queries}
+        topics = {q.query_id: sources.irds_text(q) for q in queries}
         return sources.Raw(topics, sources.irds_texts(spec, dataset, cut), qrels, name, notes)
 
 
@@ -90,7 +90,7 @@ def _retrieved(
 def _asked(query: Any, variant: str) -> str:
     """What is searched for: the query, or one of its rewritten forms, which every query needs."""
     if not variant:
-        return str(query.default_text())
+        return sources.irds_text(query)
     field = re.sub(r"\W", "_", variant).lower()
     if field not in query._fields:
         raise RegistryError(f"unknown query {variant!r}", known=query._fields, given=field)

@@ -295,9 +295,14 @@ def _irds(spec: DatasetSpec, first_stage: str | None) -> Raw:
     run = formats.read_run(path)
     with fetching(spec):
         dataset = irds_load(spec)
-        topics = {q.query_id: q.default_text() for q in dataset.queries_iter()}
+        topics = {q.query_id: irds_text(q) for q in dataset.queries_iter()}
         candidates = irds_texts(spec, dataset, run)
     return Raw(topics, candidates, irds_qrels(spec), stage_name(path))
+
+
+def irds_text(query: Any) -> str:
+    """A query's words; BRIGHT's queries have no `default_text`."""
+    return str(query.default_text() if hasattr(query, "default_text") else query.text)
 
 
 def irds_texts(spec: DatasetSpec, dataset: Any, run: Run) -> Run:
