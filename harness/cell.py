@@ -6,8 +6,6 @@ knows neither the command line nor any report.
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness import env, measure, schedule, store
+from harness import costs, env, measure, schedule, store
 from harness.cache import Cache, Identity
 from harness.data import Collection
 from harness.data.formats import write_run
@@ -24,12 +22,10 @@ from harness.prompts import Limits, Prompt, prepare
 from harness.rerank import METHODS
 from harness.specs import bind, limits_for
 from harness.types import (
-    Call,
     Cell,
     CellResult,
     DataError,
     Engine,
-    Fault,
     Flow,
     HarnessError,
     Method,
@@ -121,10 +117,26 @@ def key(job: Job, engine: Engine | None) -> str:
             "family": cell.dataset.family,
             "first_stage": [cell.first_stage, cell.depth],
             "limit": cell.limit,
-            "protocol": asdict(cell.protocol),
+            "protocol": cell.protocol.stated,
             "measures": list(cell.dataset.measures),
         }
     )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job ready to run: its engine (None for a baseline), its command, who hears of progress."""
+
+    job: Job
+    engine: Engine | None = None
+    command: str = ""
+    progress: Progress = lambda done, total, calls: None
+
+    @property
+    def group(self) -> str:
+        """Tasks of one non-empty group may run together; latency is measured alone."""
+        quality = self.job.cell.protocol.kind == "quality"
+        return self.engine.group if self.engine and quality else ""
 
 
 def run(
@@ -137,58 +149,105 @@ def run(
     progress: Progress = lambda done, total, calls: None,
 ) -> CellResult:
     """Run one cell and write its folder. A failure is noted there and raised again."""
-    started, clock = datetime.now(UTC), time.perf_counter()
-    notes: Counter[str] = Counter()
-    identity = key(job, engine)
-    try:
-        outcomes = _outcomes(job, engine, cache, notes, progress)
-    except HarnessError as error:
-        store.write_failure(results, job.cell, _failed(job, identity, command, started, error))
-        raise
-    wall = time.perf_counter() - clock
-    scores = measured(job, outcomes)
-    rows = [per_query_row(query, o, scores) for query, o in zip(job.queries, outcomes, strict=True)]
-    record = {
-        **record_head(job, identity, "complete"),
-        "queries": len(job.queries),
-        "measures": {name: measure.mean(values) for name, values in scores.items()},
-        "kendall_tau": _mean([row["tau"] for row in rows if row["tau"] is not None]),
-        "faults": _faults(outcomes),
-        "inputs": {**job.collection.warnings, **{k: v for k, v in sorted(notes.items()) if v}},
-        "efficiency": efficiency(outcomes, wall, job.cell.protocol.kind),
-        "environment": env.environment() | {"engine": dict(engine.fingerprint) if engine else None},
-        **stamps(command, started),
-    }
-    ranked = {o.qid: list(zip(o.ranking.docids, o.ranking.scores, strict=True)) for o in outcomes}
-    files = store.Files(record, write_run(ranked), rows, _trace(outcomes))
-    folder = store.write(results, job.cell, files)
-    return CellResult(record, tuple(rows), folder)
+    [result] = run_together([Task(job, engine, command, progress)], cache, results)
+    return result
 
 
-# --- running ----------------------------------------------------------------------------------
-
-
-def _outcomes(
-    job: Job, engine: Engine | None, cache: Cache, notes: Counter[str], progress: Progress
-) -> list[Outcome]:
-    """Every query's outcome, in the order of the query file."""
-    latency = job.cell.protocol.kind == "latency"
-    flows = ((query.qid, flow(job, query, engine, notes)) for query in job.queries)
-    runner = engine or _NoEngine()
-    done: dict[str, Outcome] = {}
-    calls = 0
-    for outcome in schedule.run(
-        flows,
-        runner,
+def run_together(tasks: Sequence[Task], cache: Cache, results: Path) -> Iterator[CellResult]:
+    """Run cells of one group, all their queries in flight; each is written when it is done."""
+    runs = [_Run(task, len(tasks)) for task in tasks]
+    protocol = tasks[0].job.cell.protocol
+    latency = protocol.kind == "latency"
+    steps = schedule.run_together(
+        [run.lane for run in runs],
         cache,
-        key=Identity(runner.fingerprint).key,
-        concurrency=1 if latency else job.cell.protocol.concurrency or runner.capacity,
+        concurrency=1 if latency else protocol.concurrency or runs[0].lane.engine.capacity,
         read_cache=not latency,
-    ):
-        done[outcome.qid] = outcome
-        calls += len(outcome.calls)
-        progress(len(done), len(job.queries), calls)
-    return [done[query.qid] for query in job.queries]
+    )
+    try:
+        for lane, outcome in steps:
+            if runs[lane].take(outcome):
+                yield runs[lane].finish(results)
+    except HarnessError as error:
+        for run in runs:
+            run.fail(results, error)
+        raise
+
+
+class _Run:
+    """A task on its way to a result."""
+
+    def __init__(self, task: Task, together: int) -> None:
+        self.task, self.together = task, together
+        self.started, self.clock = datetime.now(UTC), time.perf_counter()
+        self.notes: Counter[str] = Counter()
+        self.done: dict[str, Outcome] = {}
+        self.calls = 0
+        self.key = key(task.job, task.engine)
+
+    @property
+    def lane(self) -> schedule.Lane:
+        task, engine = self.task, self.task.engine or _NoEngine()
+        flows = ((q.qid, flow(task.job, q, task.engine, self.notes)) for q in task.job.queries)
+        return schedule.Lane(flows, engine, identity(task.job.cell, engine).key)
+
+    def take(self, outcome: Outcome) -> bool:
+        """Keep a query's outcome; True when it was the last."""
+        total = len(self.task.job.queries)
+        self.done[outcome.qid] = outcome
+        self.calls += len(outcome.calls)
+        self.task.progress(len(self.done), total, self.calls)
+        return len(self.done) == total
+
+    def finish(self, results: Path) -> CellResult:
+        """Measure and write the cell; the order is the query file's."""
+        wall = time.perf_counter() - self.clock
+        job, engine = self.task.job, self.task.engine
+        outcomes = [self.done[query.qid] for query in job.queries]
+        scores = measured(job, outcomes)
+        rows = [per_query_row(q, o, scores) for q, o in zip(job.queries, outcomes, strict=True)]
+        made_with = env.environment() | {"engine": None}
+        if engine:
+            made_with |= {"engine": dict(engine.fingerprint), "serving": dict(engine.facts)}
+        if self.together > 1:
+            made_with["cells_together"] = self.together
+        notes = {k: v for k, v in sorted(self.notes.items()) if v}
+        record = {
+            **record_head(job, self.key, "complete"),
+            "queries": len(job.queries),
+            "measures": {name: measure.mean(values) for name, values in scores.items()},
+            "kendall_tau": costs.mean([row["tau"] for row in rows if row["tau"] is not None]),
+            "faults": costs.faults(outcomes),
+            "inputs": {**job.collection.warnings, **notes},
+            "efficiency": costs.efficiency(
+                outcomes, wall if self.together == 1 else None, job.cell.protocol.kind
+            ),
+            "environment": made_with,
+            **stamps(self.task.command, self.started),
+        }
+        ranked = {o.qid: list(zip(o.ranking.docids, o.ranking.scores)) for o in outcomes}
+        files = store.Files(record, write_run(ranked), rows, _trace(outcomes))
+        return CellResult(record, tuple(rows), store.write(results, job.cell, files))
+
+    def fail(self, results: Path, error: HarnessError) -> None:
+        """Note the failure in the cell's place, unless it was finished before."""
+        task, unfinished = self.task, len(self.done) < len(self.task.job.queries)
+        if unfinished:
+            failed = _failed(task.job, self.key, task.command, self.started, error)
+            store.write_failure(results, task.job.cell, failed)
+
+
+def identity(cell: Cell, engine: Engine) -> Identity:
+    """What the calls of a cell to an engine have in common."""
+    protocol, shared = cell.protocol, dict(engine.fingerprint)
+    if protocol.strict_cache:
+        shared["strict"] = {
+            "versions": env.versions(),
+            "gpus": env.gpus(),
+            "concurrency": protocol.concurrency or engine.capacity,
+            "prefix_caching": protocol.prefix_caching,
+        }
+    return Identity(shared, protocol.replicate)
 
 
 def flow(job: Job, query: Query, engine: Engine | None, notes: Counter[str]) -> Flow:
@@ -214,6 +273,8 @@ class _NoEngine:
 
     fingerprint: Mapping[str, Any] = {}
     capacity = 64
+    group = ""
+    facts: Mapping[str, Any] = {}
 
     def submit(self, number: int, request: Any) -> None:
         raise AssertionError("a baseline asked an engine")
@@ -246,7 +307,7 @@ def per_query_row(
     return {
         "qid": outcome.qid,
         **{name: values[outcome.qid] for name, values in scores.items()},
-        "calls": len(_answered(calls)),
+        "calls": len(costs.answered(calls)),
         "rounds": outcome.rounds,
         "prompt_tokens": sum(c.completion.prompt_tokens for c in calls),
         "generated_tokens": sum(c.completion.output_tokens for c in calls),
@@ -265,66 +326,6 @@ def _tau(query: Query, outcome: Outcome) -> float | None:
         return None
     moved = [place[c.docid] for c in query.candidates]
     return round(float(kendalltau(range(len(moved)), moved).statistic), 6)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
-
-
-def _answered(calls: Sequence[Call]) -> list[Call]:
-    """Without the prompts that did not fit: the engine never ran them."""
-    return [call for call in calls if call.completion.finish != "too_long"]
-
-
-def _faults(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """How many calls had each fault, and the share of calls whose answer changed nothing."""
-    calls = [call for o in outcomes for call in o.calls]
-    counted = Counter(fault for call in calls for fault in set(call.parsed.faults))
-    sorting = [call for call in calls if call.parsed.score is None]
-    still = sum(not call.parsed.changed for call in sorting)
-    return {
-        **{str(fault): counted.get(fault, 0) for fault in Fault},
-        "calls": len(calls),
-        "no_op_rate": round(still / len(sorting), 6) if sorting else None,
-    }
-
-
-def efficiency(outcomes: Sequence[Outcome], wall: float, kind: str) -> dict[str, Any]:
-    """Totals from call records. `seconds` is recorded engine time, also of calls answered before;
-    what depends on this run's clock is None as soon as one answer came from a cache."""
-    calls = _answered([call for o in outcomes for call in o.calls])
-    cached = sum(call.from_cache for call in calls)
-    fresh = bool(calls) and not cached
-    return {
-        "calls": len(calls),
-        "rounds": sum(o.rounds for o in outcomes),
-        "prompt_tokens": sum(c.completion.prompt_tokens for c in calls),
-        "cached_prompt_tokens": sum(c.completion.cached_tokens for c in calls),
-        "generated_tokens": sum(c.completion.output_tokens for c in calls),
-        "reasoning_tokens": sum(c.completion.reasoning_tokens for c in calls),
-        "seconds": round(math.fsum(c.completion.seconds for c in calls), 6),
-        "wall_seconds": round(wall, 3) if fresh else None,
-        "queries_per_second": round(len(outcomes) / wall, 4) if fresh else None,
-        "calls_from_cache": cached,
-        "flops": None,
-        "latency": _latency(outcomes) if kind == "latency" and fresh else None,
-    }
-
-
-def _latency(outcomes: Sequence[Outcome], warm_up: int = 2) -> dict[str, Any] | None:
-    """Seconds per query, one at a time, without the first `warm_up` queries."""
-    seconds = sorted(
-        math.fsum(c.completion.seconds + c.completion.queued for c in o.calls)
-        for o in outcomes[warm_up:]
-    )
-    if not seconds:
-        return None
-    return {
-        "median": statistics.median(seconds),
-        "p90": seconds[math.ceil(0.90 * len(seconds)) - 1],
-        "p99": seconds[math.ceil(0.99 * len(seconds)) - 1],
-        "queries": len(seconds),
-    }
 
 
 def record_head(job: Job, identity: str, state: str) -> dict[str, Any]:
@@ -351,7 +352,7 @@ def record_head(job: Job, identity: str, state: str) -> dict[str, Any]:
         "first_stage": {"name": cell.first_stage_name, "sha256": job.collection.run_sha256},
         "depth": cell.depth,
         "limit": cell.limit,
-        "protocol": asdict(cell.protocol),
+        "protocol": cell.protocol.stated,
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import cell as cells
-from harness import measure, store
+from harness import costs, measure, store
 from harness.data import Collection, audit, formats, load, prepared, sources
 from harness.prompts import Limits
 from harness.rerank import METHODS
@@ -157,7 +157,7 @@ def _write(job: cells.Job, results: Path, ties: Mapping[str, Any]) -> CellResult
         "kendall_tau": None,
         "faults": {},
         "inputs": dict(job.collection.warnings),
-        "efficiency": dict.fromkeys(cells.efficiency([], 0.0, "quality")),
+        "efficiency": dict.fromkeys(costs.efficiency([], 0.0, "quality")),
         "environment": {},
         "imported": dict(ties),
         **cells.stamps("", started),

@@ -14,10 +14,10 @@ from typing import Any
 
 from harness import cell as cells
 from harness import schedule, store
-from harness.cache import Cache, Identity
+from harness.cache import Cache
 from harness.data import Collection, load
-from harness.engines import open_engine
 from harness.engines.fake import FakeEngine
+from harness.matrix import open_for
 from harness.specs import Registry, build, folder_dataset, override, read_toml, with_method
 from harness.types import (
     DEFAULT_SEED,
@@ -28,6 +28,7 @@ from harness.types import (
     Protocol,
     RegistryError,
     Request,
+    Serving,
     UsageError,
 )
 
@@ -53,12 +54,28 @@ class Selection:
     protocol: str = "quality"
     concurrency: int | None = None
     seed: int = DEFAULT_SEED
+    deterministic: bool = False
+    replicate: int = 0
+    strict_cache: bool = False
+    base_url: str = ""
+    served_model: str = ""
+    tokenizer: str = ""
+
+    @property
+    def serving(self) -> Serving:
+        """What the engines of this matrix are told beside their models' rows."""
+        return Serving(
+            prefix_caching=self.protocol == "quality",
+            deterministic=self.deterministic,
+            base_url=self.base_url,
+            served_model=self.served_model,
+            tokenizer=self.tokenizer,
+        )
 
 
-PLAIN_FIELDS = (
-    "qrels", "name", "first_stage", "depth", "limit", "method", "prompt", "adapter", "engine",
-    "protocol", "concurrency", "seed",
-)  # fmt: skip
+PLAIN_FIELDS = tuple(
+    f.name for f in fields(Selection) if f.name not in ("models", "datasets", "set")
+)
 
 
 def from_suite(path: Path, given: Selection) -> Selection:
@@ -83,6 +100,8 @@ def cells_of(registry: Registry, selection: Selection) -> list[Cell]:
         raise UsageError(f"--depth {selection.depth}: expected at least 1")
     if selection.limit is not None and selection.limit < 1:
         raise UsageError(f"--limit {selection.limit}: expected at least 1")
+    if selection.replicate < 0:
+        raise UsageError(f"--replicate {selection.replicate}: expected 0 or more")
     if selection.concurrency is not None and selection.concurrency < 1:
         raise UsageError(f"--concurrency {selection.concurrency}: expected at least 1")
     if selection.protocol not in ("quality", "latency"):
@@ -96,8 +115,11 @@ def cells_of(registry: Registry, selection: Selection) -> list[Cell]:
     protocol = Protocol(
         kind=selection.protocol,  # type: ignore[arg-type]
         concurrency=selection.concurrency,
-        prefix_caching=selection.protocol == "quality",
+        prefix_caching=selection.serving.prefix_caching,
         seed=selection.seed,
+        deterministic=selection.deterministic,
+        replicate=selection.replicate,
+        strict_cache=selection.strict_cache,
     )
     made = [
         Cell(
@@ -135,7 +157,7 @@ def command(cell: Cell, selection: Selection) -> str:
     for name in PLAIN_FIELDS:
         value = getattr(selection, name)
         if value != getattr(plain, name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     words += [word for text in selection.set for word in ("--set", text)]
     return shlex.join(words)
 
@@ -248,7 +270,7 @@ class Loader:
 # --- what a run would cost --------------------------------------------------------------------
 
 
-def estimate(job: cells.Job, cache: Cache, results: Path) -> dict[str, Any]:
+def estimate(job: cells.Job, cache: Cache, results: Path, serving: Serving) -> dict[str, Any]:
     """Run the job's methods against the cache and, where it has no answer, a pretended one.
 
     Calls and rounds are exact where the method fixes them; for a sort they are those of one
@@ -256,9 +278,7 @@ def estimate(job: cells.Job, cache: Cache, results: Path) -> dict[str, Any]:
     words stand for tokens. Nothing is stored and no model is loaded.
     """
     row: dict[str, Any] = {"dataset": job.cell.dataset_name, "model": job.cell.model_name}
-    engine = (
-        open_engine(job.cell.model.engine or "hf", job.cell.model) if job.needs_engine else None
-    )
+    engine = open_for(job, serving)
     row["state"] = store.state(results, job.cell, cells.key(job, engine))
     row["queries"] = len(job.queries)
     if engine is None:
@@ -270,7 +290,7 @@ def estimate(job: cells.Job, cache: Cache, results: Path) -> dict[str, Any]:
             ((q.qid, cells.flow(job, q, pretended, Counter())) for q in job.queries),
             pretended,
             _ReadOnly(cache),  # type: ignore[arg-type]
-            key=Identity(engine.fingerprint).key,
+            key=cells.identity(job.cell, engine).key,
             concurrency=pretended.capacity,
         )
     )

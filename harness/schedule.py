@@ -1,4 +1,4 @@
-"""THE LOOP: any number of method generators, one engine, one cache.
+"""THE LOOP: any number of method generators, the engines of one group, one cache.
 
 Synchronous and single-threaded: it keeps up to `concurrency` queries alive, asks the cache first,
 submits the misses, stores every completion before the generator moves on, and closes every
@@ -10,12 +10,34 @@ half-sorted ranking.
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from harness.cache import Cache
 from harness.types import Call, Completion, Engine, EngineError, Flow, Outcome, Ranking, Request
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One cell's part in the loop.
+
+    flows   (qid, generator) pairs, drawn only as places become free
+    key     the identity of a request (cache.Identity.key)
+    """
+
+    flows: Iterable[tuple[str, Flow]]
+    engine: Engine
+    key: Callable[[Request], bytes]
+
+
+class Finished(NamedTuple):
+    """A finished query and the number of its lane."""
+
+    lane: int
+    outcome: Outcome
 
 
 @dataclass(frozen=True)
@@ -32,8 +54,10 @@ class _Ask:
 class _Query:
     """A query on its way: its generator, its last yield and every call answered before."""
 
+    lane: int
     qid: str
     flow: Flow
+    admitted: float
     round: int = 0
     asks: list[_Ask] = field(default_factory=list)
     answers: dict[int, tuple[Completion, bool]] = field(default_factory=dict)
@@ -51,12 +75,23 @@ def run(
 ) -> Iterator[Outcome]:
     """Drive every flow to its Ranking; outcomes come in the order in which queries finish.
 
-    flows        (qid, generator) pairs, drawn only as places become free
-    key          the identity of a request (cache.Identity.key)
+    `flows` and `key` are a Lane's; `read_cache=False` asks the engine for everything.
+    """
+    lane = Lane(flows, engine, key)
+    for finished in run_together([lane], cache, concurrency=concurrency, read_cache=read_cache):
+        yield finished.outcome
+
+
+def run_together(
+    lanes: Sequence[Lane], cache: Cache, *, concurrency: int, read_cache: bool = True
+) -> Iterator[Finished]:
+    """Drive the flows of several cells, whose engines are of one group, at the same time.
+
+    concurrency  queries alive at a time, of all lanes; earlier lanes are admitted first
     read_cache   False asks the engine for everything (latency runs) but still stores
     Equal requests in flight at the same time are asked once.
     """
-    loop = _Loop(iter(flows), engine, cache, key, read_cache)
+    loop = _Loop(lanes, cache, read_cache)
     try:
         while True:
             loop.admit(concurrency)
@@ -72,17 +107,11 @@ def run(
 
 
 class _Loop:
-    def __init__(
-        self,
-        source: Iterator[tuple[str, Flow]],
-        engine: Engine,
-        cache: Cache,
-        key: Callable[[Request], bytes],
-        read_cache: bool,
-    ) -> None:
-        self.source, self.open = source, True
-        self.engine, self.cache, self.key, self.read_cache = engine, cache, key, read_cache
-        self.alive: dict[str, _Query] = {}
+    def __init__(self, lanes: Sequence[Lane], cache: Cache, read_cache: bool) -> None:
+        self.lanes, self.cache, self.read_cache = lanes, cache, read_cache
+        self.source = ((n, *item) for n, lane in enumerate(lanes) for item in lane.flows)
+        self.open = True
+        self.alive: dict[tuple[int, str], _Query] = {}
         self.ready: deque[_Query] = deque()
         self.waiting: dict[bytes, list[_Ask]] = {}
         self.numbers: dict[int, bytes] = {}
@@ -94,11 +123,11 @@ class _Loop:
             if (item := next(self.source, None)) is None:
                 self.open = False
                 return
-            query = _Query(*item)
-            self.alive[query.qid] = query
+            query = _Query(*item, time.perf_counter())
+            self.alive[query.lane, query.qid] = query
             self.ready.append(query)
 
-    def advance(self) -> Iterator[Outcome]:
+    def advance(self) -> Iterator[Finished]:
         """Move every ready query one step, then dispatch all their new requests in one batch."""
         fresh: list[_Ask] = []
         for _ in range(len(self.ready)):
@@ -106,8 +135,8 @@ class _Loop:
             try:
                 fresh += self._step(query)
             except StopIteration as stop:
-                del self.alive[query.qid]
-                yield _outcome(query, stop.value)
+                del self.alive[query.lane, query.qid]
+                yield Finished(query.lane, _outcome(query, stop.value))
         self._dispatch(fresh)
 
     def _step(self, query: _Query) -> list[_Ask]:
@@ -122,7 +151,8 @@ class _Loop:
             raise RuntimeError(f"{_where(query.flow)} yielded no requests for query {query.qid}")
         query.round += 1
         query.answers = {}
-        query.asks = [_Ask(query, i, self.key(r), r) for i, r in enumerate(requests)]
+        key = self.lanes[query.lane].key
+        query.asks = [_Ask(query, i, key(r), r) for i, r in enumerate(requests)]
         return query.asks
 
     def _dispatch(self, fresh: list[_Ask]) -> None:
@@ -136,15 +166,15 @@ class _Loop:
             else:
                 self.waiting[ask.key] = [ask]
                 self.numbers[self.submitted] = ask.key
-                self.engine.submit(self.submitted, ask.request)
+                self.lanes[ask.query.lane].engine.submit(self.submitted, ask.request)
                 self.submitted += 1
 
     def wait(self) -> None:
         """Block for answers, store them, and only then hand them on."""
         try:
-            done = self.engine.poll()
+            done = self.lanes[0].engine.poll()
         except EngineError as error:
-            names = ", ".join(list(self.alive)[:3])
+            names = ", ".join(qid for _, qid in list(self.alive)[:3])
             more = f" and {len(self.alive) - 3} more" if len(self.alive) > 3 else ""
             raise EngineError(f"{error} (in flight: query {names}{more})") from error
         answered = [(self.numbers.pop(number), completion) for number, completion in done]
@@ -172,7 +202,8 @@ def _outcome(query: _Query, ranking: object) -> Outcome:
         Call(round_, ask.key.hex(), ask.request, completion, parsed, hit)
         for (round_, ask, completion, hit), parsed in zip(query.log, ranking.parsed, strict=True)
     )
-    return Outcome(query.qid, ranking, calls, query.round)
+    seconds = time.perf_counter() - query.admitted
+    return Outcome(query.qid, ranking, calls, query.round, seconds)
 
 
 def _where(flow: Flow) -> str:

@@ -18,7 +18,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
@@ -230,6 +230,22 @@ class Completion:
         return self.prefill + self.decode
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """How the command line wants an engine served, apart from what the model's row says.
+
+    deterministic   answers may not depend on what else is in the batch
+    base_url        http: the endpoint, without credentials      served_model   its model's name
+    tokenizer       http: a folder or hub id whose tokens clip passages
+    """
+
+    prefix_caching: bool = True
+    deterministic: bool = False
+    base_url: str = ""
+    served_model: str = ""
+    tokenizer: str = ""
+
+
 Flow = Generator[list[Request], list[Completion], Ranking]
 
 
@@ -238,10 +254,17 @@ class Engine(Interface):
 
     fingerprint  everything that decides an answer apart from the request: part of every cache key
     capacity     how many calls it likes to have in flight
+    group        engines of one non-empty group stand on the same loaded weights: calls to several
+                 of them may be in flight together, and `poll` of any answers for all, so the
+                 numbers must be distinct across the group
+    facts        what else should be recorded once it has run (versions, limits, how adapters were
+                 served); decides no answer
     """
 
     fingerprint: Mapping[str, Any]
     capacity: int
+    group: str
+    facts: Mapping[str, Any]
 
     def submit(self, number: int, request: Request) -> None: ...
 
@@ -268,12 +291,17 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A finished query: its ranking and every call behind it. rounds is the serial depth."""
+    """A finished query: its ranking and every call behind it.
+
+    rounds    the serial depth
+    seconds   wall clock from the query's admission to its ranking
+    """
 
     qid: str
     ranking: Ranking
     calls: tuple[Call, ...] = ()
     rounds: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,12 +392,26 @@ class DatasetSpec:
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """How a cell is run: part of its identity."""
+    """How a cell is run: part of its identity.
+
+    deterministic   answers may not depend on what else is in the batch
+    replicate       number of a repeated run, which asks everything anew
+    strict_cache    versions, GPU and concurrency are part of every call's identity
+    """
 
     kind: Literal["quality", "latency"] = "quality"
     concurrency: int | None = None
     prefix_caching: bool = True
     seed: int = DEFAULT_SEED
+    deterministic: bool = False
+    replicate: int = 0
+    strict_cache: bool = False
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """As a table; what was added to the format later shows only where it is used."""
+        later = ("deterministic", "replicate", "strict_cache")
+        return {k: v for k, v in asdict(self).items() if v or k not in later}
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +436,10 @@ class Cell:
             changed["protocol"] = self.protocol.kind
         if self.protocol.seed != DEFAULT_SEED:
             changed["seed"] = str(self.protocol.seed)
-        return self.model.name + "".join(f"+{k}={v}" for k, v in changed.items())
+        if self.protocol.replicate:
+            changed["replicate"] = str(self.protocol.replicate)
+        name = self.model.name + "".join(f"+{k}={v}" for k, v in changed.items())
+        return name + ("+deterministic" if self.protocol.deterministic else "")
 
     @property
     def dataset_name(self) -> str:

@@ -13,7 +13,7 @@ from importlib import import_module
 from harness.cli.base import FLAG_ALIASES, app, complain
 from harness.types import HarnessError
 
-for _module in ("running", "looking", "datasets", "reporting"):  # in the order of --help
+for _module in ("running", "looking", "datasets", "reporting", "caching"):  # in the order of --help
     import_module(f"harness.cli.{_module}")
 
 

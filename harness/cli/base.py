@@ -21,8 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-cache_app = typer.Typer(help="Look after the call cache.", no_args_is_help=True)
-app.add_typer(cache_app, name="cache")
 
 FLAG_ALIASES = {
     "--hits": "--depth", "--step-size": "--stride", "--window": "--size",

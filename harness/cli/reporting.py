@@ -1,10 +1,9 @@
-"""`report` and `cache`: what is made of finished cells, and the store of calls."""
+"""`report`: what is made of finished cells."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,14 +15,13 @@ from harness.cli.base import (
     RegistryDir,
     Results,
     app,
-    cache_app,
     check_format,
+    complain,
     open_registry,
     split,
 )
-from harness.types import DataError, MissingResourceError, UsageError
-
-# --- reports and the cache ----------------------------------------------------------------------
+from harness.cli.datasets import data_of
+from harness.types import CellResult, MissingResourceError, Query, UsageError
 
 
 @app.command()
@@ -56,7 +54,8 @@ def report(
     if not cells:
         raise MissingResourceError(f"{results}: holds no finished cell")
     names = open_registry(registry)
-    texts = _texts(cells, names, with_text)
+    pages = not {"html", "all"}.isdisjoint(chosen)
+    texts = page_texts(cells, names, with_text) if pages else {}
     figures = load_published(names) if published else ()
     paths = build.write(cells, out, chosen, texts=texts, with_text=with_text, published=figures)
     if not quiet:
@@ -69,80 +68,24 @@ def _first(paths: Sequence[Path], *names: str) -> str:
     return found[0] if found else ""
 
 
-def _texts(cells: Sequence[Any], registry: Any, with_text: bool) -> dict[str, Any]:
-    """Passages for the page: of collections whose licence allows it, or of all on request."""
-    from harness.data import load
-
-    out: dict[str, Any] = {}
+def page_texts(cells: Sequence[CellResult], registry: Any, with_text: bool) -> dict[str, Any]:
+    """Queries with passages and grades for the page: of collections whose licence allows it, or
+    on request of all that are at hand, as they were measured."""
+    out: dict[str, dict[str, Query]] = {}
+    seen = set()
     for cell in cells:
-        name = cell.record["dataset"]["name"]
-        if cell.dataset in out or name not in registry.datasets:
+        place, measured = (cell.dataset, cell.first_stage), cell.record["dataset"]
+        if place in seen or not (with_text or measured.get("show_text")):
             continue
-        spec = registry.datasets[name]
-        if spec.source == "folder" and (spec.show_text or with_text):
-            data = load(spec, None, cell.record["depth"], cell.record["limit"])
-            out[cell.dataset] = {
-                "queries": {q.qid: q.text for q in data.queries},
-                "documents": {c.docid: c.text for q in data.queries for c in q.candidates},
-                "qrels": {qid: dict(rels) for qid, rels in data.qrels.items()},
-            }
-    return out
-
-
-CacheArgument = Annotated[Path, typer.Argument(help="A cache file.")]
-
-
-@cache_app.command("stats")
-def cache_stats(path: CacheArgument = RESULTS / ".cache.sqlite") -> None:
-    """Count the stored answers."""
-    with _existing_cache(path) as cache:
-        print(f"{path}: {cache.count()} answers, {path.stat().st_size / 1e6:.1f} MB")
-
-
-@cache_app.command("verify")
-def cache_verify(path: CacheArgument = RESULTS / ".cache.sqlite") -> None:
-    """Check every row's checksum; damaged rows are asked again when they are needed."""
-    with _existing_cache(path) as cache:
-        bad = sum(completion is None for _, completion in cache.rows())
-        print(f"{path}: {cache.count()} answers, {bad} damaged")
-    if bad:
-        raise DataError(f"{bad} damaged rows", path=path)
-
-
-@cache_app.command("merge")
-def cache_merge(
-    path: CacheArgument,
-    others: Annotated[list[Path], typer.Argument(help="Caches to take answers from.")],
-) -> None:
-    """Add the answers of other caches to one."""
-    from harness.cache import Cache
-
-    cache = Cache(path)
-    for other_path in others:
-        with _existing_cache(other_path) as other:
-            print(f"{other_path}: {cache.merge(other)} new answers")
-    cache.close()
-
-
-@cache_app.command("export")
-def cache_export(path: CacheArgument = RESULTS / ".cache.sqlite") -> None:
-    """Print every sound answer as one JSON object a line."""
-    from dataclasses import asdict
-
-    with _existing_cache(path) as cache:
-        for key, completion in cache.rows():
-            if completion is not None:
-                print(json.dumps({"key": key.hex(), **asdict(completion)}, ensure_ascii=False))
-
-
-@contextmanager
-def _existing_cache(path: Path) -> Iterator[Any]:
-    from harness.cache import Cache
-
-    if not path.is_file():
-        raise MissingResourceError(f"{path}: no such cache file")
-    cache = Cache(path)
-    try:
-        yield cache
-    finally:
-        cache.close()
+        seen.add(place)
+        data, known = data_of(cell, registry), out.setdefault(cell.dataset, {})
+        if data is None or "imported" not in cell.record and data.sha256 != measured["sha256"]:
+            complain(f"{cell.dataset}, {cell.first_stage}: what was measured is not at hand:"
+                     " the page shows no texts of it")  # fmt: skip
+            continue
+        for query in data.queries:
+            before = known.get(query.qid, query).candidates
+            both = {c.docid: c for c in (*before, *query.candidates)}
+            grades = dict(data.qrels[query.qid])
+            known[query.qid] = replace(query, candidates=tuple(both.values()), judgements=grades)
+    return {label: queries for label, queries in out.items() if queries}

@@ -70,6 +70,18 @@ class Matrix:
     protocol: Annotated[str, typer.Option(help="quality or latency.")] = "quality"
     concurrency: Annotated[int | None, typer.Option(help="Queries in flight.")] = None
     seed: Annotated[int, typer.Option(help="Seed of shuffles and random orders.")] = DEFAULT_SEED
+    replicate: Annotated[int, typer.Option(help="Number of a repeated run; asks anew.")] = 0
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Answers that no batch can change; slower.")
+    ] = False
+    strict_cache: Annotated[
+        bool, typer.Option("--strict-cache", help="Versions and hardware decide about reuse too.")
+    ] = False
+    base_url: Annotated[str, typer.Option(help="http: an OpenAI-compatible endpoint.")] = ""
+    served_model: Annotated[str, typer.Option(help="http: the model's name there.")] = ""
+    tokenizer: Annotated[str, typer.Option(help="http: folder or hub id to count tokens with.")] = (
+        ""
+    )
     results: Results = RESULTS
     cache: CacheFile = None
     registry: RegistryDir = None
@@ -132,14 +144,14 @@ def run(
     check_format(format, ("text", "json"))
     done = _run_matrix(matrix, force, quiet)
     if format == "json":
-        print(json.dumps([dict(cell.record) for cell in done.cells], ensure_ascii=False))
-    elif done.cells:
+        print(json.dumps([dict(cell.record) for cell in done.results], ensure_ascii=False))
+    elif done.results:
         from harness.report import tables, writers
 
-        print(writers.to_text(tables.summary(done.cells)))
-        say(quiet, done.summary)
+        print(writers.to_text(tables.summary(done.results)))
+        say(quiet, _summary(done))
     if done.failures:
-        raise typer.Exit(done.failures[0].exit_code)
+        raise typer.Exit(done.failures[0][1].exit_code)
 
 
 @app.command()
@@ -155,101 +167,46 @@ def plan(matrix: Matrix, *, format: Format = "text") -> None:
         jobs = [
             loader.job(c, selection.first_stage) for c in planning.cells_of(registry, selection)
         ]
-        rows = [planning.estimate(job, cache, matrix.results) for job in jobs]
+        rows = [planning.estimate(job, cache, matrix.results, selection.serving) for job in jobs]
     finally:
         cache.close()
     print_rows(rows, format)
 
 
-class _Done:
-    """What a run of the matrix has come to so far."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.cells: list[Any] = []
-        self.failures: list[HarnessError] = []
-        self.skipped = self.asked = self.cached = 0
-
-    def fail(self, cell: Any, error: HarnessError) -> None:
-        """Report a failure and keep it for the exit code; alone, it is the outcome."""
-        if self.total == 1:
-            raise error
-        self.failures.append(error)
-        complain(f"{cell}: {error}")
-
-    def count(self, result: Any) -> None:
-        efficiency = result.record["efficiency"]
-        self.cached += efficiency["calls_from_cache"]
-        self.asked += efficiency["calls"] - efficiency["calls_from_cache"]
-
-    @property
-    def summary(self) -> str:
-        asked = "the engine was asked nothing" if not self.asked else f"{self.asked} calls asked"
-        return (
-            f"{len(self.cells)} cells, {self.skipped} of them finished before;"
-            f" {asked}, {self.cached} answers came from the cache"
-        )
-
-
-def _run_matrix(matrix: Matrix, force: bool, quiet: bool) -> _Done:
+def _run_matrix(matrix: Matrix, force: bool, quiet: bool) -> Any:
     """Run the cells; one that fails is reported and does not stop the others."""
+    from harness import matrix as matrices
     from harness import plan
 
     selection, registry = matrix.selection(), open_registry(matrix.registry)
     loader, cells = plan.Loader(registry), plan.cells_of(registry, selection)
-    done, jobs = _Done(len(cells)), []
-    for cell in cells:
-        try:
-            jobs.append(loader.job(cell, selection.first_stage))
-        except (DataError, MissingResourceError) as error:  # flags and names are wrong for all
-            done.fail(cell, error)
+    lost: list[tuple[Any, HarnessError]] = []
     cache = matrix.open_cache()
     try:
-        with _progress(len(jobs), quiet) as show:
-            for number, job in enumerate(jobs, 1):
+        with _progress(len(cells), quiet) as show:
+            entries = []
+            for number, cell in enumerate(cells, 1):
                 try:
-                    _run_job(
-                        job,
-                        plan.command(job.cell, selection),
-                        matrix,
-                        cache,
-                        force,
-                        done,
-                        show.of(number, job.cell),
-                    )
-                except HarnessError as error:
-                    done.fail(job.cell, error)
+                    job = loader.job(cell, selection.first_stage)
+                except (DataError, MissingResourceError) as error:  # flags are wrong for all
+                    lost.append((cell, error))
+                    show.of(number, cell).failed(error)
+                    continue
+                watcher = show.of(number, job.cell)
+                entries.append(matrices.Entry(job, plan.command(job.cell, selection), watcher))
+            done = matrices.run(entries, cache, matrix.results, selection.serving, force=force)
     finally:
         cache.close()
+    done.failures[:0] = lost
     return done
 
 
-def _run_job(
-    job: Any, command: str, matrix: Matrix, cache: Any, force: bool, done: _Done, show: Any
-) -> None:
-    """One cell: skipped when its key is already there, else run with an engine of its own."""
-    from harness import cell, store
-    from harness.engines import open_engine
-
-    spec = job.cell.model
-    engine = open_engine(spec.engine or "hf", spec) if job.needs_engine else None
-    try:
-        known = store.state(matrix.results, job.cell, cell.key(job, engine))
-        if known == "complete" and not force:
-            result = store.read(matrix.results / job.cell.folder)
-            done.skipped += 1
-            show.line("finished before")
-        else:
-            show.started()
-            result = cell.run(
-                job, engine, cache, matrix.results, command=command, progress=show.progress
-            )
-            done.count(result)
-            show.finished(result)
-        done.cells.append(result)
-    finally:
-        if engine is not None:
-            engine.close()
+def _summary(done: Any) -> str:
+    asked = "the engine was asked nothing" if not done.asked else f"{done.asked} calls asked"
+    return (
+        f"{len(done.results)} cells, {done.skipped} of them finished before;"
+        f" {asked}, {done.cached} answers came from the cache"
+    )
 
 
 @dataclass
@@ -265,6 +222,12 @@ class _Shown:
 
     def started(self) -> None:
         self.line("started")
+
+    def skipped(self) -> None:
+        self.line("finished before")
+
+    def failed(self, error: HarnessError) -> None:
+        complain(f"{self.head.partition(' ')[2]}: {error}")
 
     def progress(self, done: int, total: int, calls: int) -> None:
         """Lines would flood a log; only a bar shows every query."""

@@ -9,16 +9,23 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from harness.types import Engine, ModelSpec, RegistryError
+from harness.types import Engine, ModelSpec, RegistryError, Serving
 
-ENGINES = {"hf": "harness.engines.hf_local:HfEngine", "fake": "harness.engines.fake:FakeEngine"}
+ENGINES = {
+    "hf": "harness.engines.hf_local:HfEngine",
+    "vllm": "harness.engines.vllm_local:VllmEngine",
+    "http": "harness.engines.http_server:HttpEngine",
+    "fake": "harness.engines.fake:FakeEngine",
+}
 
 
-def open_engine(family: str, spec: ModelSpec, **settings: Any) -> Engine:
-    """An engine for one model; `settings` are the engine's own (base_url, served_model, ...)."""
+def open_engine(
+    family: str, spec: ModelSpec, serving: Serving | None = None, **settings: Any
+) -> Engine:
+    """An engine for one model; `settings` are an engine's own, for tests."""
     if family not in ENGINES:
-        there = " (--engine hf runs the same model)" if family in ("vllm", "http") else ""
-        raise RegistryError(f"unknown engine {family!r}{there}", known=ENGINES, given=family)
+        raise RegistryError(f"unknown engine {family!r}", known=ENGINES, given=family)
     module, _, name = ENGINES[family].partition(":")
-    engine: Engine = getattr(importlib.import_module(module), name)(spec, **settings)
+    opened = getattr(importlib.import_module(module), name)
+    engine: Engine = opened(spec, serving=serving or Serving(), **settings)
     return engine

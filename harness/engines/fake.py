@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from harness.types import Completion, EngineError, ModelSpec, Request
+from harness.types import Completion, EngineError, ModelSpec, Request, Serving
 
 
 @dataclass(eq=False)
@@ -24,6 +24,9 @@ class FakeEngine:
     survive: int = 0
     lump: int = 3
     capacity: int = 16
+    group: str = ""
+    serving: Serving = field(default_factory=Serving)
+    facts: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(init=False)
     asked: list[Request] = field(default_factory=list)
 
