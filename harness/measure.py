@@ -6,8 +6,8 @@ Owns the names of measures and the rule of the mean. It must not know models or 
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from ctypes import c_float
 from typing import Any
 
 from harness.types import RegistryError
@@ -76,12 +76,14 @@ def per_query(
     """
     parsed = {str(m): m for m in map(parse_measure, measures)}
     out = {name: dict.fromkeys(qids, 0.0) for name in parsed}
+    places = {id(m): out[name] for name, m in parsed.items()}  # a measure's own hash is slow
     wanted = {qid: dict(qrels[qid]) for qid in qids if qid in qrels}
     found = {qid: _untied(run[qid]) for qid in wanted if run.get(qid)}
     if found:
         for metric in _pipeline().iter_calc(list(parsed.values()), wanted, found):
             if metric.query_id in found:
-                out[str(metric.measure)][metric.query_id] = float(metric.value)
+                place = places.get(id(metric.measure)) or out[str(metric.measure)]
+                place[metric.query_id] = float(metric.value)
     return out
 
 
@@ -90,8 +92,11 @@ def _untied(scores: Mapping[str, float]) -> dict[str, float]:
 
     Providers break ties in different ways (RR@10 by docid ascending); without ties they agree.
     """
-    order = sorted(scores, key=lambda docid: (c_float(scores[docid]).value, docid), reverse=True)
-    return {docid: float(len(order) - i) for i, docid in enumerate(order)}
+    if list(scores.values()) == list(range(len(scores), 0, -1)):  # ours always are
+        return dict(scores)
+    single = array("f", scores.values())
+    order = sorted(zip(single, scores), reverse=True)
+    return {docid: float(len(order) - i) for i, (_, docid) in enumerate(order)}
 
 
 def mean(values: Mapping[str, float]) -> float:

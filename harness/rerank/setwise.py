@@ -77,7 +77,7 @@ class Judge:
             return list(group)
         docids = ",".join(sorted(self.query.candidates[i].docid for i in members))
         rng = Random(f"{self.seed}:{self.query.dataset}:{self.query.qid}:{docids}:{occurrence}")
-        return rng.sample(members, len(members))
+        return rng.sample(list(members), len(members))
 
     def _candidates(self, order: list[int]) -> list[Candidate]:
         return [self.query.candidates[i] for i in order]
