@@ -7,7 +7,7 @@ calls it hears of each cell through a Watcher.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol as Interface
 
@@ -15,7 +15,7 @@ from harness import cell as cells
 from harness import store
 from harness.cache import Cache
 from harness.engines import open_engine
-from harness.types import Cell, CellResult, Engine, HarnessError, Serving
+from harness.types import DEFAULT_SEED, Cell, CellResult, Engine, HarnessError, Serving
 
 
 class Watcher(Interface):
@@ -61,7 +61,10 @@ class Done:
 
 def open_for(job: cells.Job, serving: Serving) -> Engine | None:
     """The engine that answers a job's calls; None for a baseline. Loads no weights."""
-    spec = job.cell.model
+    spec, replicate = job.cell.model, job.cell.protocol.replicate
+    if replicate and spec.sampling.get("temperature"):  # the same draws would repeat nothing
+        seed = spec.sampling.get("seed", DEFAULT_SEED) + replicate
+        spec = replace(spec, sampling={**spec.sampling, "seed": seed})
     return open_engine(spec.engine or "hf", spec, serving) if job.needs_engine else None
 
 
