@@ -21,7 +21,7 @@ from harness.cli.base import (
     split,
 )
 from harness.cli.datasets import data_of
-from harness.types import CellResult, MissingResourceError, Query, UsageError
+from harness.types import CellResult, MissingResourceError, Query, RegistryError, UsageError
 
 
 @app.command()
@@ -34,15 +34,28 @@ def report(
         bool, typer.Option("--with-text", help="Put passages in the page.")
     ] = False,
     published: Annotated[
-        bool, typer.Option("--published", help="Show published figures beside ours, marked so.")
+        bool, typer.Option("--published", help="Also hold figures in print against ours.")
     ] = False,
+    baseline: Annotated[
+        str, typer.Option(help="The row that the others are tested against.")
+    ] = "first-stage",
+    marks: Annotated[
+        str, typer.Option(help="dagger: against the baseline; letters: all pairs of a column.")
+    ] = "dagger",
+    correction: Annotated[str, typer.Option(help="holm or bonferroni.")] = "holm",
+    scale: Annotated[int, typer.Option(help="100 as in papers, or 1.")] = 100,
+    round_: Annotated[int, typer.Option("--round", help="Digits behind the point.")] = 1,
+    gpu_hour_price: Annotated[
+        float | None, typer.Option(min=0, help="Shows what 1,000 queries cost on the GPU used.")
+    ] = None,
     registry: RegistryDir = None,
     quiet: Quiet = False,
 ) -> None:
     """Write tables, plots and the page from finished cells."""
     from harness import store
     from harness.published import load as load_published
-    from harness.report import build, tables, writers
+    from harness.report import build, quality, writers
+    from harness.specs import build as build_from
 
     chosen = split([format])
     for one in chosen:
@@ -54,12 +67,28 @@ def report(
     if not cells:
         raise MissingResourceError(f"{results}: holds no finished cell")
     names = open_registry(registry)
+    order = {name: place for place, name in enumerate(names.datasets)}
+    cells.sort(key=lambda cell: order.get(cell.record["dataset"]["name"], len(order)))
+    known = {"first-stage": None, **dict.fromkeys(cell.model for cell in cells)}
+    if baseline not in known:
+        raise RegistryError(f"no row {baseline!r} in {results}", known=known, given=baseline)
+    stated = {"baseline": baseline, "marks": marks, "correction": correction, "scale": scale}
+    layout = build_from(quality.Layout, stated | {"digits": round_}, "report")
     pages = not {"html", "all"}.isdisjoint(chosen)
     texts = page_texts(cells, names, with_text) if pages else {}
     figures = load_published(names) if published else ()
-    paths = build.write(cells, out, chosen, texts=texts, with_text=with_text, published=figures)
+    paths = build.write(
+        cells,
+        out,
+        chosen,
+        texts=texts,
+        with_text=with_text,
+        published=figures,
+        layout=layout,
+        price=gpu_hour_price,
+    )
     if not quiet:
-        print(writers.to_text(tables.quality(cells, figures, baseline="first-stage")))
+        print(writers.to_text(quality.quality(cells, layout=layout)))
     print(f"{len(paths)} files in {out}: {_first(paths, 'index.html', 'quality.md')}")
 
 
@@ -74,12 +103,13 @@ def page_texts(cells: Sequence[CellResult], registry: Any, with_text: bool) -> d
     out: dict[str, dict[str, Query]] = {}
     seen = set()
     for cell in cells:
-        place, measured = (cell.dataset, cell.first_stage), cell.record["dataset"]
+        measured = cell.record["dataset"]
+        place = (cell.dataset, cell.first_stage, measured["sha256"])
         if place in seen or not (with_text or measured.get("show_text")):
             continue
         seen.add(place)
         data, known = data_of(cell, registry), out.setdefault(cell.dataset, {})
-        if data is None or "imported" not in cell.record and data.sha256 != measured["sha256"]:
+        if data is None or ("imported" not in cell.record and data.sha256 != measured["sha256"]):
             complain(f"{cell.dataset}, {cell.first_stage}: what was measured is not at hand:"
                      " the page shows no texts of it")  # fmt: skip
             continue

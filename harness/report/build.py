@@ -1,9 +1,9 @@
 """reports/: every table, figure and page of a set of cells, written in one go.
 
 Owns the names of the files and the index. It must not know how a cell was run; what stands in a
-table is decided in tables, what a figure looks like in plots.
+table is decided in quality and tables, what a figure looks like in plots.
 
-    README.md  quality.*  efficiency.*  results_long.csv  plots/*  index.html  data/*
+    README.md  quality.*  comparison.*  efficiency.*  results_long.csv  plots/*  leaderboard/
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.published import Published
-from harness.report import plots, tables, writers
+from harness.report import curves, plots, quality, tables, writers
+from harness.report.against import against
+from harness.report.quality import USUAL, Layout
 from harness.report.tables import Table
 from harness.report.writers import write_file
 from harness.types import CellResult, DataError, RegistryError
@@ -32,19 +34,28 @@ def write(
     texts: Mapping[str, Any] | None = None,
     with_text: bool = False,
     published: Sequence[Published] = (),
+    layout: Layout = USUAL,
+    price: float | None = None,
 ) -> list[Path]:
     """Write the reports of these cells below `out`; the same cells give the same bytes.
 
-    texts and with_text are handed to the page: see page.render. published figures stand in the
-    quality table. Files of an earlier report that this one would not write are left alone.
+    texts and with_text are handed to the page: see page.render. published figures have a table
+    beside ours, and rows on the page. Files of an earlier report that this one would not write are
+    left alone. price is that of a GPU-hour.
     """
     wanted, placed = _known(formats), arranged(cells)
-    quality = tables.quality(placed, published, baseline="first-stage")
-    made = {"quality": quality, "efficiency": tables.efficiency(placed)}
+    made = {
+        "quality": quality.quality(placed, layout=layout),
+        "comparison": quality.comparison(placed, layout=layout),
+        "efficiency": tables.efficiency(placed, price=price),
+    }
+    if (beside := against(quality.sheet_of(placed, layout), published)).rows:
+        made["published"] = beside
+    whole = made | {"efficiency": tables.efficiency(placed, price=price, details=True)}
     printed = {
         f"{name}.{kind}": _printed(table, kind, name)
         for kind in sorted(wanted - {"html"})
-        for name, table in made.items()
+        for name, table in (whole if kind in ("csv", "json") else made).items()
     }
     if "csv" in wanted:
         printed["results_long.csv"] = writers.to_long_csv(placed)
@@ -56,7 +67,9 @@ def write(
     if "html" in wanted:
         from harness.report import page
 
-        paths += page.render(placed, out, texts=texts, with_text=with_text)
+        paths += page.render(
+            placed, out / "leaderboard", texts=texts, with_text=with_text, published=published
+        )
     return paths
 
 
@@ -81,10 +94,15 @@ def _printed(table: Table, kind: str, name: str) -> str:
 
 def _plots(cells: Sequence[CellResult], out: Path) -> list[Path]:
     paths = [path for x in plots.AXES for path in plots.quality_against(cells, x, out)]
-    paths += plots.gain_heatmap(cells, out)
+    paths += [*plots.gain_heatmap(cells, out), *curves.budget_curves(cells, out)]
+    firsts = tables.companions(cells, "first-stage")
     for best, first in _pairs(cells):
         with contextlib.suppress(DataError):  # other queries: the table's notes say so
             paths += plots.per_query_bars(best, first, out)
+    for cell in cells:
+        base = firsts.get((cell.dataset, tables.block_of(cell)))
+        with contextlib.suppress(DataError):
+            paths += plots.reasoning_length(cell, base, out) if base else []
     return paths
 
 

@@ -18,42 +18,60 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from harness.published import Published
 from harness.report import shards, tables
+from harness.report.against import block_of_figure
 from harness.report.shards import Texts
 from harness.report.tables import MEASURE
 from harness.report.writers import write_file
-from harness.stats import interval_of
-from harness.types import CellResult
+from harness.specs import Registry, in_domain
+from harness.stats import by_query, interval_of, rank_groups
+from harness.types import CellResult, ModelSpec, digest
 
 SCHEMA_VERSION = 1  # of the page's data
 UNTYPICAL = ("random", "reverse", "oracle")  # would stretch a column's scale
 ASSETS = Path(__file__).parent / "assets"
 Board = dict[str, Any]
+NOTHING: Board = {  # of a cell: what a published figure does not tell, or no mark can say
+    **dict.fromkeys(("low", "high", "calls", "prompt", "tokens", "seconds", "flops", "faults")),
+    **dict.fromkeys(("whisker", "queries", "rank", "most", "sources")),
+    "mark": 0,
+    "total_calls": 0,
+}
 
 
 def render(
-    cells: Sequence[CellResult], out: Path, *, texts: Texts | None = None, with_text: bool = False
+    cells: Sequence[CellResult],
+    out: Path,
+    *,
+    texts: Texts | None = None,
+    with_text: bool = False,
+    published: Sequence[Published] = (),
+    live: str = "",
 ) -> list[Path]:
     """Write the page of these cells below `out`; returns the files written, index.html last.
 
-    texts maps a dataset's label to {"queries": {qid: text}, "documents": {docid: text},
-    "qrels": {qid: {docid: grade}}}. Documents are shown where the collection's licence allows it
-    (`show_text` in the cell's record) or `with_text` says so. Cells of the scripted test engine
-    and cells without measures are left out.
+    texts      by dataset label and query id: the query with its passages and judgements
+    with_text  show passages also where no licence allows it (`show_text` in the cell's record)
+    published  figures that get rows of their own, in columns that a measured cell opened
+    live       what `data/progress.js` says while this page is up to date; only of a served page
+
+    Cells of the scripted test engine and cells without measures are left out.
     """
     used = sorted((cell for cell in tables.shown(cells) if cell.measures), key=shards.place)
     written = shards.write_all(used, out / "data", texts or {}, with_text)
-    return [*written, write_file(out / "index.html", _html(_board(used, texts or {})))]
+    board = _board(used, texts or {}, published) | {"live": live}
+    return [*written, write_file(out / "index.html", _html(board))]
 
 
 # --- the board --------------------------------------------------------------------------------
 
 
-def _board(cells: Sequence[CellResult], texts: Texts) -> Board:
+def _board(cells: Sequence[CellResult], texts: Texts, published: Sequence[Published]) -> Board:
     """Columns (groups), rows and cells as plain values, the rows in the order of the table."""
     rows = {cell.model: _row(cell) for cell in cells}
-    heads = []
-    for number, inside in enumerate(_columns(cells)):
+    columns, heads = _columns(cells), []
+    for number, inside in enumerate(columns):
         entries = {cell.model: _entry(cell, number) for cell in inside}
         heads.append(_head(number, inside, texts) | {"scale": _mark(inside, entries)})
         for model, entry in entries.items():
@@ -61,14 +79,14 @@ def _board(cells: Sequence[CellResult], texts: Texts) -> Board:
     names = [(head["first_stage"], head["depth"], head["short"]) for head in heads]
     for head, name in zip(heads, names, strict=True):
         head["twin"] = names.count(name) > 1
-    placed = [row | {"number": n} for n, row in enumerate(sorted(rows.values(), key=_rank))]
+    every = sorted([*rows.values(), *_published_rows(columns, published)], key=_rank)
+    placed = [row | {"number": n} for n, row in enumerate(every)]
     return {
         "schema_version": SCHEMA_VERSION,
         "groups": heads,
         "stages": _stages(heads),
         "rows": placed,
-        "models": sum(not row["baseline"] for row in placed),
-        "references": sum(row["baseline"] for row in placed),
+        "counts": Counter("reference" if row["baseline"] else row["kind"] for row in placed),
         "calls": sum(entry["total_calls"] for row in placed for entry in row["cells"].values()),
         "finished": max((str(c.record.get("finished", "")) for c in cells), default=""),
         "cut": shards.CUT,
@@ -96,7 +114,7 @@ def _head(number: int, cells: Sequence[CellResult], texts: Texts) -> Board:
     return {
         "number": number,
         "dataset": cells[0].dataset,
-        "short": tables.short(cells[0]),
+        "short": tables.short(cells[0]) + ", latency runs" * tables.is_latency(cells[0]),
         "first_stage": tables.first_stage_of(cells[0]),
         "sha256": str(record["first_stage"].get("sha256") or ""),
         "depth": record["depth"],
@@ -135,12 +153,67 @@ def _row(cell: CellResult) -> Board:
     }
 
 
+def _published_rows(
+    columns: Sequence[Sequence[CellResult]], published: Sequence[Published]
+) -> list[Board]:
+    """A row for every published name; sources that differ make a range, sorted by its low end."""
+    found: dict[str, dict[int, list[Published]]] = defaultdict(lambda: defaultdict(list))
+    for number, inside in enumerate(columns):
+        for figure in published:
+            if _belongs(figure, inside[0]):
+                found[figure.name_as_published][number].append(figure)
+    models = Registry().models if found else {}
+    rows = []
+    for name, places in found.items():
+        ours = next(iter(places.values()))[0].model
+        row = _published_row(name, ours, models.get(ours))
+        for number, figures in places.items():
+            family = str(columns[number][0].record["dataset"].get("family"))
+            trained = in_domain(row["trained_on"], figures[0].dataset, family)
+            row["cells"][number] = _published_entry(figures, trained, number)
+        rows.append(row)
+    return rows
+
+
+def _belongs(figure: Published, cell: CellResult) -> bool:
+    """Same dataset, first stage and depth by name; of the candidates a source tells no more."""
+    dataset = cell.record["dataset"]["name"] if cell.record.get("limit") is None else ""
+    place = (dataset, _measure(cell), tables.block_of(cell))
+    return (figure.dataset, figure.measure, block_of_figure(figure)) == place
+
+
+def _published_row(name: str, ours: str, spec: ModelSpec | None) -> Board:
+    return {
+        "model": name,
+        "kind": "published",
+        "method": spec.method if spec else "unknown",
+        "baseline": ours in tables.SANITY,
+        "base": f"published figures of {ours}" if ours else "published figures",
+        "parameters": spec.parameters if spec else None,
+        "trained_on": list(spec.trained_on) if spec else [],
+        "cells": {},
+    }
+
+
+def _published_entry(figures: Sequence[Published], in_domain: bool, group: int) -> Board:
+    low, high = (end(p.value for p in figures) / 100 for end in (min, max))
+    return NOTHING | {
+        "id": "p" + digest([figures[0].name_as_published, group])[:16],
+        "group": group,
+        "value": low,
+        "most": high,
+        "sources": [[f"{p.value:g}", p.source, p.confidence] for p in figures],
+        "in_domain": in_domain,
+        "state": "published",
+    }
+
+
 def _entry(cell: CellResult, group: int) -> Board:
     """What the table shows of one cell; costs are means over its queries."""
     record, measure, numbers = cell.record, _measure(cell), tables.numbers_of(cell)
     interval = interval_of(cell, measure)
     known = not math.isnan(interval.low + interval.high)
-    return {
+    return NOTHING | {
         "id": shards.cell_name(cell),
         "group": group,
         "value": cell.measures[measure],
@@ -151,20 +224,26 @@ def _entry(cell: CellResult, group: int) -> Board:
         "prompt": numbers["prompt_tokens"],
         "tokens": numbers["generated_tokens"],
         "seconds": numbers["seconds"],
+        "flops": tables.cost(cell, "flops"),
         "faults": numbers["fault_share"],
         "in_domain": bool(record["dataset"].get("in_domain")),
         "state": str(record["state"]),
-        "mark": 0,
-        "whisker": None,
         "queries": record["queries"],
     }
 
 
 def _mark(cells: Sequence[CellResult], entries: Mapping[str, Board]) -> list[float]:
-    """Mark a column's best and second, draw its whiskers; returns their scale."""
-    ranked = [c.model for c in cells if tables.is_complete(c) and not tables.is_sanity(c)]
-    for model, place in tables.podium({name: entries[name]["value"] for name in ranked}).items():
+    """Mark a column's best and second and who may hold which rank, draw its whiskers; returns
+    their scale."""
+    rivals = [c for c in cells if tables.is_complete(c) and not tables.is_sanity(c)]
+    values = {c.model: entries[c.model]["value"] for c in rivals}
+    for model, place in tables.podium(values).items():
         entries[model]["mark"] = place
+    scores = [by_query(c, _measure(c)) for c in rivals]
+    if len(rivals) > 1 and all(found.keys() == scores[0].keys() for found in scores):
+        rows = [[found[qid] for qid in scores[0]] for found in scores]
+        for cell, ranks in zip(rivals, rank_groups([rows])):
+            entries[cell.model]["rank"] = str(ranks)
     usual = [entries[c.model] for c in cells if c.record["model"]["method"] not in UNTYPICAL]
     typical = [entry for entry in usual if entry["low"] is not None]
     low = min((entry["low"] for entry in typical), default=0.0)
@@ -184,7 +263,7 @@ def _html(board: Board) -> str:
         loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    page.filters["number"] = _number
+    page.filters |= {"number": _number, "counted": lambda n, word: f"{n:,} {word}{'s' * (n != 1)}"}
     code = (ASSETS / "board.js").read_text(encoding="utf-8")
     return page.get_template("index.html.j2").render(
         board=board,

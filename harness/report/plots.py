@@ -7,32 +7,34 @@ know how a cell was run, and it loads matplotlib only when something is drawn.
 from __future__ import annotations
 
 import io
-import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from textwrap import fill
 from typing import Any
 
+from harness import store
 from harness.report import tables
 from harness.report.tables import MEASURE, block_of, is_sanity, rounded, short
 from harness.report.writers import csv_text, plain, write_file
-from harness.stats import Paired, align, bootstrap_interval, paired
+from harness.stats import Paired, align, bootstrap_interval, by_query, paired
 from harness.types import CellResult
 
 AXES = {
     "generated_tokens": "generated tokens per query",
     "seconds": "engine seconds per query",
     "calls": "calls per query",
+    "flops": "floating-point operations per query",
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe-Ito
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 GREY = "#777777"
+POINT: dict[str, Any] = {"ms": 5.5, "mec": "white", "mew": 0.5}
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 9, "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
@@ -66,6 +68,15 @@ def _save(figure: Any, stem: Path, rows: Iterable[Sequence[Any]]) -> list[Path]:
         figure.savefig(buffer, format=kind, metadata=metadata, dpi=200)
         paths.append(write_file(stem.with_name(f"{stem.name}.{kind}"), buffer.getvalue()))
     return [*paths, write_file(stem.with_name(f"{stem.name}.csv"), csv_text(rows))]
+
+
+def _file(name: str) -> str:
+    """A name as a part of a file's name."""
+    return re.sub(r"[^\w.+=@-]+", "_", name)
+
+
+def _place(cell: CellResult) -> str:
+    return _file(f"{cell.dataset}_{cell.first_stage}")
 
 
 # --- quality against cost ---------------------------------------------------------------------
@@ -109,20 +120,28 @@ def quality_against(cells: Sequence[CellResult], x: str, out: Path) -> list[Path
     panels = _panels(cells, x)
     if not panels:
         return []
+    looks = {p.model: (p.colour, p.marker) for panel in panels for p in panel.points}
     wide = min(3, len(panels))
-    tall = -(-len(panels) // wide)
-    with _figure(0.4 + (4.6 if wide == 1 else 3.6) * wide, 3.1 * tall) as figure:
+    tall, width = -(-len(panels) // wide), 0.4 + (4.6 if wide == 1 else 3.6) * wide
+    columns = int(width / (0.4 + 0.075 * max(map(len, looks)))) or 1
+    with _figure(width, 2.9 * tall + 0.18 * -(-len(looks) // columns)) as figure:
         grid = figure.subplots(tall, wide, squeeze=False).flat
         for place, axes in enumerate(grid):
             if place < len(panels):
                 _draw(axes, panels[place], AXES[x])
                 axes.set_ylabel("" if place % wide else f"{MEASURE} x 100")
             axes.set_visible(place < len(panels))
-        figure.canvas.draw()  # fixes the layout, which the labels need
-        figure.set_layout_engine("none")
-        for axes, panel in zip(figure.axes, panels):
-            _label(axes, panel)
+        _legend(figure, looks, columns)
         return _save(figure, out / f"quality_against_{x}", _points_csv(panels, x))
+
+
+def _legend(figure: Any, looks: Mapping[str, tuple[str, str]], columns: int) -> None:
+    """One for all panels, in which a model looks the same."""
+    from matplotlib.lines import Line2D
+
+    marks = [Line2D([], [], color=c, marker=m, **POINT, ls="") for c, m in looks.values()]
+    where = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(marks, list(map(plain, looks)), handletextpad=0.1, **where)
 
 
 def _points_csv(panels: Sequence[_Panel], x: str) -> Iterator[Sequence[Any]]:
@@ -170,8 +189,7 @@ def _draw(axes: Any, panel: _Panel, name: str) -> None:
     axes.step([*xs, end], [*ys, ys[-1]], where="post", color="#BBBBBB", lw=1.2, zorder=1)
     for p in panel.points:
         axes.vlines(p.x, p.low, p.high, color=p.colour, lw=0.9, alpha=0.7, zorder=2)
-        look = {"color": p.colour, "ms": 5.5, "mec": "white", "mew": 0.5}
-        axes.plot(p.x, p.y, p.marker, zorder=3, **look)
+        axes.plot(p.x, p.y, p.marker, color=p.colour, zorder=3, **POINT)
     for model, y in panel.references.items():
         _reference(axes, model, y)
 
@@ -191,7 +209,7 @@ def _scale(axes: Any, panel: _Panel) -> None:
     else:
         pad = 0.12 * (max(xs) - min(xs)) or max(0.1 * max(xs), 0.5)
         axes.set_xlim(min(xs) - pad, max(xs) + 3 * pad)  # the baselines are named at the right
-    axes.xaxis.set_major_formatter(lambda v, _: f"{v:,.6g}" if v >= 0 else "")
+    axes.xaxis.set_major_formatter(lambda v, _: f"{v:,.6g}" if 0 <= v < 1e7 else f"{v:.3g}")
 
 
 def _reference(axes: Any, name: str, y: float) -> None:
@@ -205,55 +223,6 @@ def _reference(axes: Any, name: str, y: float) -> None:
         height, side = (high, "top") if y > high else (low, "bottom")
     where = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": side}
     axes.text(0.995, height, text, color="#555555", size=7, **where)
-
-
-def _label(axes: Any, panel: _Panel) -> None:
-    """Name every point near it, where no other name or point stands and few lines pass."""
-    from matplotlib.colors import to_rgb
-
-    frame, (solid, thin) = axes.get_window_extent(), _obstacles(axes, panel)
-
-    def price(place: tuple[int, Any]) -> float:
-        number, box = place
-        outside = not (frame.contains(*box.p0) and frame.contains(*box.p1))
-        crossed = 4 * box.count_overlaps(solid) + box.count_overlaps(thin)
-        return float(crossed + 20 * outside + number / 40)
-
-    for p in sorted(panel.points, key=lambda p: -p.y):
-        dark = [0.65 * part for part in to_rgb(p.colour)]
-        text = axes.text(0, 0, plain(p.model), size=7, color=dark, zorder=4)
-        size, (x, y) = text.get_window_extent(), axes.transData.transform((p.x, p.y))
-        boxes = [size.translated(x + u - size.x0, y + v - size.y0) for u, v in _offsets(size)]
-        _, box = min(enumerate(boxes), key=price)
-        solid.append(box)
-        near = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
-        corner, *line = axes.transData.inverted().transform([box.p0, (x, y), near])
-        text.set_position(corner)
-        if math.dist(near, (x, y)) > 14:
-            axes.plot(*zip(*line), color="#999999", lw=0.5, zorder=1)
-
-
-def _obstacles(axes: Any, panel: _Panel) -> tuple[list[Any], list[Any]]:
-    """In pixels: points and names that stand already; bars, levels and the front's steps."""
-    from matplotlib.transforms import Bbox
-
-    left, right = axes.get_xlim()
-    lines = [((left, y), (right, y)) for y in panel.references.values()]
-    lines += [((p.x, p.low), (p.x, p.high)) for p in panel.points if p.low == p.low]
-    lines += [((p.x, p.y), (follow.x, p.y)) for p, follow in pairwise(panel.front)]
-    thin = [Bbox(axes.transData.transform(line)).padded(1) for line in lines]
-    points = [axes.transData.transform((p.x, p.y)) for p in panel.points]
-    solid = [Bbox([point, point]).padded(5) for point in points]
-    return solid + [text.get_window_extent() for text in axes.texts], thin
-
-
-def _offsets(size: Any) -> Iterator[tuple[float, float]]:
-    """In pixels, of a name's lower left corner from its point, nearest first."""
-    width, height = size.width, size.height
-    for far in range(7, 90, 6):
-        for up in (-height / 2, 2, -height - 2, far, -far - height):
-            yield from ((far, up), (-far - width, up))
-        yield from ((-width / 2, far), (-width / 2, -far - height))
 
 
 # --- gains ------------------------------------------------------------------------------------
@@ -317,7 +286,7 @@ def per_query_bars(a: CellResult, b: CellResult, out: Path) -> list[Path]:
         _bars(axes, [difference for difference, *_ in bars], paired(left, right))
         title = f"{a.model} minus {b.model}, {short(a)} ({block_of(a)})"
         axes.set_title(fill(plain(title), 75))
-        name = re.sub(r"[^\w.+=@-]+", "_", f"{a.dataset}_{a.model}_minus_{b.model}")
+        name = f"{_place(a)}_{_file(a.model)}_minus_{_file(b.model)}"
         table = [("qid", a.model, b.model, "difference"), *((q, x, y, d) for d, q, x, y in bars)]
         return _save(figure, out / f"per_query_{name}", table)
 
@@ -337,3 +306,73 @@ def _bars(axes: Any, differences: Sequence[float], result: Paired) -> None:
     counts = f"{result.wins} better, {result.ties} equal, {result.losses} worse"
     where = {"transform": axes.transAxes, "ha": "right", "va": "top"}
     axes.text(0.99, 0.97, f"{counts}\nmean {mean} [{low}, {high}]", **where)
+
+
+# --- reasoning --------------------------------------------------------------------------------
+
+
+def reasoning_length(cell: CellResult, first: CellResult, out: Path) -> list[Path]:
+    """Histogram of the reasoning tokens of a call, and the gain over the first stage by length.
+
+    Nothing for a cell without reasoning. Queries are grouped by the mean length of their calls, at
+    least eight to a group and at most ten groups; bars are 95 % bootstrap intervals of the mean.
+    """
+    if not tables.shown([cell]) or not tables.part(cell, "efficiency").get("reasoning_tokens"):
+        return []
+    lengths: dict[str, list[float]] = defaultdict(list)
+    ends: dict[bool, list[float]] = {False: [], True: []}
+    for call in store.read_trace(cell.folder):
+        lengths[call["qid"]].append(call["reasoning_tokens"])
+        ends[call["finish"] == "length"].append(max(1, call["reasoning_tokens"]))
+    groups = _by_length(cell, first, lengths)
+    with _figure(7.2, 2.6) as figure:
+        left, right = figure.subplots(1, 2)
+        table: list[tuple[Any, ...]] = [
+            ("part", "from", "to", "calls", "cut_off", "gain", "low", "high")
+        ]
+        table += [("calls", *line, None, None, None) for line in _histogram(left, ends)]
+        table += [("queries", low, high, None, None, *gain) for low, high, *gain in groups]
+        _gains(right, groups)
+        figure.suptitle(fill(plain(f"{cell.model}, {short(cell)} ({block_of(cell)})"), 95), size=9)
+        return _save(figure, out / f"reasoning_{_place(cell)}_{_file(cell.model)}", table)
+
+
+def _by_length(
+    cell: CellResult, first: CellResult, lengths: Mapping[str, Sequence[float]]
+) -> list[tuple[float, ...]]:
+    """Of every group of queries: shortest, longest, mean gain x 100 and its interval."""
+    import numpy as np
+
+    ours, theirs = align(cell, first, MEASURE)
+    pairs = zip(by_query(cell, MEASURE), ours, theirs, strict=True)
+    known = sorted((fmean(lengths[q]), 100 * (a - b)) for q, a, b in pairs if q in lengths)
+    groups = []
+    for some in np.array_split(known, min(10, max(1, len(known) // 8))) if known else ():
+        interval = bootstrap_interval(list(some[:, 1]))
+        groups.append((*some[[0, -1], 0], some[:, 1].mean(), interval.low, interval.high))
+    return groups
+
+
+def _histogram(axes: Any, ends: Mapping[bool, Sequence[float]]) -> list[tuple[float, ...]]:
+    """Bars of calls by length, those that the token limit cut off on top; returns their values."""
+    import numpy as np
+
+    both = [*ends[False], *ends[True]]
+    edges = np.geomspace(min(both), max(max(both), min(both) + 1), 25)
+    looks = {"color": COLOURS[:2], "label": ("ended by itself", "cut off"), "lw": 0.4}
+    counts, *_ = axes.hist([ends[False], ends[True]], edges, stacked=True, ec="white", **looks)
+    axes.set(xscale="log", xlabel="reasoning tokens of a call", ylabel="calls")
+    axes.xaxis.set_major_formatter("{x:,.6g}")
+    axes.legend(frameon=False)
+    own, every = np.asarray(counts)
+    return list(zip(edges, edges[1:], every, every - own))
+
+
+def _gains(axes: Any, groups: Sequence[Sequence[float]]) -> None:
+    for low, high, gain, *interval in groups:
+        axes.hlines(gain, low, high, color=COLOURS[0], lw=1.6)
+        axes.vlines((low + high) / 2, *interval, color=COLOURS[0], lw=0.9, alpha=0.7)
+        axes.plot((low + high) / 2, gain, "o", color=COLOURS[0], **POINT)
+    axes.axhline(0, color=GREY, lw=0.8, ls=(0, (4, 3)), zorder=0)
+    axes.set_xlabel("mean reasoning tokens of a query's calls")
+    axes.set_ylabel(f"gain over the first stage,\n{MEASURE} x 100")

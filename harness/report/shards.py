@@ -12,14 +12,17 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from harness import store
+from harness.prompts import Prompt, prepare
 from harness.report.writers import write_file
-from harness.types import CellResult, digest
+from harness.specs import build
+from harness.types import CellResult, Query, RegistryError, digest
 
 CUT = 4000  # characters of one answer; of a longer one the first and the last half are kept
 PART = 1_000_000  # characters after which the next part begins
@@ -29,7 +32,7 @@ CALL = (
 )  # fmt: skip
 _NAME = re.compile(r"[cd][0-9a-f]{16}(-\d+)?\.js")
 
-Texts = Mapping[str, Mapping[str, Mapping[str, Any]]]
+Texts = Mapping[str, Mapping[str, Query]]  # by dataset label and query id, judgements filled in
 Content = Mapping[str, Any]
 
 
@@ -39,17 +42,22 @@ def write_all(
     """Write the data files of these cells, then remove those of cells that are gone."""
     written = []
     for name, content in _shards(cells, texts, with_text):
-        code = f"__shard({json.dumps(name)},{script_json(content)})\n"
-        written.append(write_file(folder / f"{name}.js", code))
+        written.append(write_shard(folder, name, content))
     _remove_stale(folder, {path.name for path in written})
     return written
 
 
+def write_shard(folder: Path, name: str, content: Content) -> Path:
+    """Write one data file; the name must be this project's own."""
+    return write_file(folder / f"{name}.js", f'__shard("{name}",{script_json(content)})\n')
+
+
 def group(cell: CellResult) -> tuple[str, ...]:
-    """Which column: cells are comparable only over the same candidates, judgements and depth."""
-    record = cell.record
+    """Which column: cells are comparable only over the same candidates, judgements and depth,
+    and latency runs only with one another."""
+    record, kind = cell.record, str(cell.record["protocol"].get("kind"))
     hashes = (str(record["first_stage"].get("sha256")), str(record["dataset"].get("sha256")))
-    return (cell.first_stage, f"{int(record['depth']):06}", cell.dataset, *hashes)
+    return (cell.first_stage, f"{int(record['depth']):06}", cell.dataset, *hashes, kind)
 
 
 def place(cell: CellResult) -> tuple[str, ...]:
@@ -70,8 +78,11 @@ def _shards(
 ) -> Iterator[tuple[str, Content]]:
     """Every data file as (name, content)."""
     for cell in cells:
-        parts = _Parts(cell_name(cell))
-        yield from parts.cut(_calls(cell.folder).items())
+        parts, asked = _Parts(cell_name(cell)), {}
+        if _may_show([cell], with_text):
+            asked = dict(_asked(cell, texts.get(cell.dataset, {})))
+        calls = _calls(cell.folder).items()
+        yield from parts.cut((q, {"calls": found, **asked.get(q, {})}) for q, found in calls)
         columns = list(cell.per_query[0]) if cell.per_query else []
         yield (
             parts.name,
@@ -88,21 +99,46 @@ def _shards(
         yield from _dataset(label, [c for c in cells if c.dataset == label], texts, with_text)
 
 
+def _may_show(cells: Sequence[CellResult], with_text: bool) -> bool:
+    return with_text or all(c.record["dataset"].get("show_text") for c in cells)
+
+
+def _asked(cell: CellResult, queries: Mapping[str, Query]) -> Iterator[tuple[str, Content]]:
+    """What the prompt's cleaning and cuts made of each query's texts, where it changed them.
+
+    Cuts in tokens need the model's own tokenizer and are not made here; the page says so.
+    """
+    record = cell.record
+    try:
+        prompt = build(Prompt, record.get("prompt") or {}, "")
+    except RegistryError:  # none was used, or the record is of another version
+        return
+    raw = bool(record["model"].get("raw_special_tokens"))
+    for qid, query in queries.items():
+        ready = prepare(
+            query, prompt, prompt.limits, family=str(record["dataset"].get("family")),
+            clip=lambda text, tokens: text, raw_special_tokens=raw, notes=Counter(),
+        )  # fmt: skip
+        pairs = zip(ready.candidates, query.candidates, strict=True)
+        texts = {new.docid: new.text for new, old in pairs if new.text != old.text}
+        yield qid, {"asked": ready.text, "texts": texts}
+
+
 def _dataset(
     label: str, cells: Sequence[CellResult], texts: Texts, with_text: bool
 ) -> Iterator[tuple[str, Content]]:
     """Queries and grades of one dataset, and the passages of its candidates where they may go."""
-    have, ranked = texts[label], _candidates(cells)
-    allowed = with_text or all(c.record["dataset"].get("show_text") for c in cells)
-    passages, parts = have.get("documents", {}) if allowed else {}, _Parts(dataset_name(label))
-    shown = ((q, _only(passages, ids)) for q, ids in ranked.items())
-    yield from parts.cut((q, found) for q, found in shown if found)
-    grades = have.get("qrels", {})
+    ranked, parts = _candidates(cells), _Parts(dataset_name(label))
+    have = {qid: texts[label][qid] for qid in ranked if qid in texts[label]}
+    if _may_show(cells, with_text):
+        passages = {q: {c.docid: [c.title, c.text] for c in have[q].candidates} for q in have}
+        shown = ((qid, _only(found, ranked[qid])) for qid, found in passages.items())
+        yield from parts.cut((qid, found) for qid, found in shown if found)
     yield (
         parts.name,
         {
-            "queries": _only(have.get("queries", {}), ranked),
-            "grades": {q: _only(grades[q], ids) for q, ids in ranked.items() if q in grades},
+            "queries": {qid: query.text for qid, query in have.items()},
+            "grades": {qid: _only(query.judgements, ranked[qid]) for qid, query in have.items()},
             "parts": parts.where,
         },
     )

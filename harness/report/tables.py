@@ -6,19 +6,13 @@ how a cell was run, nor any format: it reads records and per-query rows alone.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from operator import sub
 from typing import Any, Literal
 
-from harness.published import Published
-from harness.stats import align, holm, minimal_detectable, sign_flip
-from harness.types import CellResult, DataError
+from harness.types import CellResult
 
 MEASURE = "nDCG@10"
 SANITY = ("first-stage", "random", "reverse", "oracle")  # ask no model, compete for no mark
@@ -27,7 +21,7 @@ SIGNS = {
     IN_DOMAIN: "in-domain: the model was trained on queries of this collection.",
     PARTIAL: "not the whole query set: comparable within its column only.",
     FAKE: "answered by the fake engine: not a result.",
-    ABSENT: "not run; no average is printed where a dataset of the row is missing.",
+    ABSENT: "no finished cell; no average is printed where a dataset of the row is missing.",
 }
 Mark = Literal["", "best", "second"]
 MARKS: tuple[Mark, ...] = ("", "best", "second")
@@ -61,7 +55,6 @@ class Row:
     label: str
     group: str
     cells: tuple[Value, ...]
-    kind: Literal["measured", "published"] = "measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +75,8 @@ def rounded(number: float, digits: int, signed: bool = False) -> str:
 
 
 def value(number: float | None, digits: int, *, signed: bool = False, note: str = "") -> Value:
-    """A printable number; None becomes an em-dash, never 0."""
-    if number is None:
+    """A printable number; None and nan become an em-dash, never 0."""
+    if number is None or math.isnan(number):
         return Value(None, ABSENT)
     return Value(number, rounded(number, digits, signed), note=note)
 
@@ -115,6 +108,12 @@ def is_complete(cell: CellResult) -> bool:
 def is_fake(cell: CellResult) -> bool:
     """Did the test engine answer? Such a cell is never a result."""
     return part(cell, "environment", "engine").get("engine") == "fake"
+
+
+def is_floating(cell: CellResult) -> bool:
+    """Were its weights taken at whatever `main` was on that day?"""
+    weights = (part(cell, "environment", "engine", name) for name in ("base", "adapter"))
+    return any(table.get("revision") == "main" for table in weights)
 
 
 def is_latency(cell: CellResult) -> bool:
@@ -184,238 +183,20 @@ def podium(numbers: Mapping[Any, float]) -> dict[Any, int]:
     return {key: best.index(n) + 1 for key, n in known.items() if n in best}
 
 
-# --- quality ----------------------------------------------------------------------------------
-
-Key = tuple[str, str, str]  # block, model, column
-Grid = Mapping[Key, CellResult]
-Tests = Mapping[Key, tuple[list[float], list[float]]]  # per-query values, and the baseline's
-
-
-def quality(
-    cells: Sequence[CellResult], published: Sequence[Published] = (), *, baseline: str = ""
-) -> Table:
-    """nDCG@10 x 100, models x datasets; a block for each first stage and depth.
-
-    baseline    the row, as a rule "first-stage", that the others are tested against
-    published   figures to print below the row of their model
-    """
-    used = [cell for cell in shown(cells) if not is_latency(cell)]
-    grid = {(block_of(cell), cell.model, cell.dataset): cell for cell in used}
-    columns, tests = _columns(used), _tests(grid, baseline)
-    rows = _rows(grid, columns, tests)
-    told = _told([*_warnings(used), *_left_out(cells, used)])
-    notes = [*_signs(rows), *_mixed(used), *_power(tests, columns), *told]
-    caption = _caption(used, baseline, len(tests)) if used else "No finished cells."
-    table = Table("Ranking quality", tuple(columns), tuple(rows), tuple(notes), caption)
-    return _with_published(table, published) if published else table
-
-
-def _columns(cells: Sequence[CellResult]) -> dict[Column, list[str]]:
-    """Every column and the datasets it is over: each one by suite, then the suite's average."""
-    suites: dict[str, dict[str, CellResult]] = defaultdict(dict)
-    for cell in cells:
-        dataset = cell.record["dataset"]
-        suites[str(dataset.get("suite") or dataset.get("family") or "")][cell.dataset] = cell
-    columns: dict[Column, list[str]] = {}
-    for suite, found in suites.items():
-        group = suite if len(suites) > 1 else ""
-        columns |= {Column(name, short(c), group, "high"): [name] for name, c in found.items()}
-        whole = [name for name, cell in found.items() if cell.record.get("limit") is None]
-        if len(whole) > 1:
-            columns[Column(f"average {suite}", f"avg. of {len(whole)}", group, "high")] = whole
-    return columns
-
-
-def _rows(grid: Grid, columns: Mapping[Column, list[str]], tests: Tests) -> list[Row]:
-    places = dict.fromkeys(key[:2] for key in grid)
-    numbers = {
-        (*place, column.key): number
-        for place in places
-        for column, datasets in columns.items()
-        if (number := _mean([grid.get((*place, name)) for name in datasets])) is not None
-    }
-    marks, significant = _marks(numbers, grid), _significant(tests)
-
-    def at(key: Key) -> Value:
-        note = (_sign(grid[key]) if key in grid else "") + SIGNIFICANT * (key in significant)
-        return replace(value(numbers.get(key), 1, note=note), mark=marks.get(key, ""))
-
-    return [
-        Row(model, block, tuple(at((block, model, column.key)) for column in columns))
-        for block, model in places
-    ]
-
-
-def _mean(cells: Sequence[CellResult | None]) -> float | None:
-    """Times 100. None as soon as one is missing; of several, all have to be complete."""
-    known = [cell for cell in cells if cell and (len(cells) == 1 or is_complete(cell))]
-    values = [100 * cell.measures[MEASURE] for cell in known if MEASURE in cell.measures]
-    return math.fsum(values) / len(values) if values and len(values) == len(cells) else None
-
-
-def _marks(numbers: Mapping[Key, float], grid: Grid) -> dict[Key, Mark]:
-    """Best and second of every block and column, before rounding; ties share the mark."""
-    barred = {key[:2] for key, cell in grid.items() if is_sanity(cell)}
-    races: dict[Place, dict[Key, float]] = defaultdict(dict)
-    for key, number in numbers.items():
-        if key[:2] not in barred and (key not in grid or is_complete(grid[key])):
-            races[key[0], key[2]][key] = number
-    contested = [race for race in races.values() if len(race) > 1]
-    return {key: MARKS[n] for race in contested for key, n in podium(race).items()}
-
-
-def _tests(grid: Grid, baseline: str) -> Tests:
-    """Every complete cell beside the baseline of its block and dataset: the family tested."""
-    tests = {}
-    for (block, model, dataset), cell in grid.items():
-        base = grid.get((block, baseline, dataset), cell)
-        if base is not cell and not is_sanity(cell) and is_complete(base) and is_complete(cell):
-            with contextlib.suppress(DataError):  # other queries: _mixed says so
-                tests[block, model, dataset] = align(cell, base, MEASURE)
-    return tests
-
-
-def _significant(tests: Tests) -> set[Key]:
-    p_values = holm([sign_flip(*pair) for pair in tests.values()])
-    return {key for key, p in zip(tests, p_values) if p < 0.05}
-
-
-# --- captions and notes -----------------------------------------------------------------------
-
-
-def _caption(cells: Sequence[CellResult], baseline: str, tests: int) -> str:
-    depths = sorted({int(cell.record["depth"]) for cell in cells})
-    sizes = dict.fromkeys((cell.record.get("queries"), short(cell)) for cell in cells)
-    text = (
-        f"{MEASURE} x 100 after reranking the top {', '.join(map(str, depths))} of each first"
-        f" stage. Queries: {', '.join(f'{n} ({name})' for n, name in sizes if n) or 'none'}."
-        " Best in bold, second best underlined, by block and column."
-    )
-    test = (
-        f" {SIGNIFICANT}: differs from {baseline} (two-sided paired randomisation test over"
-        f" queries, alpha 0.05, Holm over the {tests} comparisons of this table)."
-    )
-    return text + test * bool(tests)
-
-
-def _sign(cell: CellResult) -> str:
-    partial = not is_complete(cell) or cell.record.get("limit") is not None
-    in_domain = bool(cell.record["dataset"].get("in_domain"))
-    return PARTIAL * partial + IN_DOMAIN * in_domain + FAKE * is_fake(cell)
-
-
-def _signs(rows: Iterable[Row]) -> list[str]:
-    used = {sign for row in rows for v in row.cells for sign in v.note + v.text}
-    return [f"{sign} {text}" for sign, text in SIGNS.items() if sign in used]
-
-
-def _warnings(cells: Sequence[CellResult]) -> Iterator[tuple[str, str]]:
-    """What a reader has to know of cells that are shown: the text, and the model it is about."""
-    for cell in cells:
-        where = f"{short(cell)} ({block_of(cell)})"
-        if cell.record["state"] == "failed":
-            error = cell.record.get("error", "no reason recorded")
-            yield f"Failed on {where}, {error}", cell.model
-        for name, count in sorted(part(cell, "inputs").items()):
-            yield f"{name.replace('_', ' ').capitalize()}: {count} on {where}", cell.model
-        for weights in ("base", "adapter"):
-            if part(cell, "environment", "engine", weights).get("revision") == "main":
-                yield "Revision not pinned (main)", cell.model
-
-
-def _left_out(cells: Sequence[CellResult], used: Sequence[CellResult]) -> Iterator[tuple[str, str]]:
+def left_out(cells: Sequence[CellResult], used: Sequence[CellResult]) -> Iterator[tuple[str, str]]:
+    """Why finished cells are not in a table: the reason, and the model."""
     for cell in cells:
         if cell not in used and cell.record["state"] != "failed":
             why = "answered by the fake engine" if is_fake(cell) else "a latency run"
             yield f"Left out, {why}", cell.model
 
 
-def _told(warnings: Iterable[tuple[str, str]]) -> list[str]:
+def told(warnings: Iterable[tuple[str, str]]) -> list[str]:
     """One note for all models that a warning is about."""
     models: dict[str, dict[str, None]] = defaultdict(dict)
     for text, model in warnings:
         models[text][model] = None
     return [f"{text}: {', '.join(found)}." for text, found in models.items()]
-
-
-def _mixed(cells: Sequence[CellResult]) -> list[str]:
-    """Rows that must not be compared although their names agree."""
-    kinds: dict[str, set[Any]] = defaultdict(set)
-    for cell in filter(is_complete, cells):
-        candidates = cell.record["first_stage"].get("sha256"), cell.record.get("queries")
-        kinds[f"{short(cell)} ({block_of(cell)})"].add(candidates)
-    mixed = [where for where, found in kinds.items() if len(found) > 1]
-    return [f"Not comparable: {where} has cells over different candidates." for where in mixed]
-
-
-def _power(tests: Tests, columns: Iterable[Column]) -> Iterator[str]:
-    """What the tests could have seen: the median of a column's minimal differences."""
-    least: dict[str, list[float]] = defaultdict(list)
-    for (_, _, dataset), (ours, theirs) in tests.items():
-        if len(ours) > 1:
-            spread = statistics.stdev(map(sub, ours, theirs))
-            least[dataset].append(100 * minimal_detectable(spread, len(ours)))
-    medians = {c.head: statistics.median(least[c.key]) for c in columns if c.key in least}
-    if medians:
-        text = ", ".join(f"{rounded(number, 1)} ({head})" for head, number in medians.items())
-        yield f"Least difference that one test finds with power 0.8: {text}."
-
-
-# --- published figures ------------------------------------------------------------------------
-
-
-def _with_published(table: Table, published: Iterable[Published]) -> Table:
-    """Put figures below the rows of their model, where first stage and depth agree."""
-    heads = {column.key: column.head for column in table.columns}
-    figures = [p for p in published if p.measure == MEASURE and p.dataset in heads]
-    rows: list[Row] = []
-    sources: list[tuple[str, str]] = []
-    for block, measured in groupby(table.rows, lambda row: row.group):
-        families: dict[str, list[Row]] = defaultdict(list)
-        for row in measured:  # a variant of a model stands for the model
-            families[row.label.partition("@")[0]].append(row)
-        for name, family in families.items():
-            some = [p for p in figures if p.model == name]
-            here = [p for p in some if _block(p) == block]
-            rows += family + [_published_row(name, block, here, heads)] * bool(here)
-            sources += _sources(name, block, some, heads)
-    caption = f"{table.caption} (published): printed elsewhere, not measured here; never marked."
-    notes = (*table.notes, *_told(sources))
-    return replace(table, rows=tuple(rows), notes=notes, caption=caption)
-
-
-def _block(figure: Published) -> str:
-    name, _, depth = figure.first_stage.partition("+depth=")
-    return f"{name or 'unnamed candidates'}, top {depth or 100}"
-
-
-def _published_row(
-    name: str, block: str, figures: Iterable[Published], datasets: Iterable[str]
-) -> Row:
-    """Sources that differ in print make a range, which has no number."""
-    numbers = [sorted(p.value for p in figures if p.dataset == dataset) for dataset in datasets]
-    values = [value(min(some, default=None), 1) for some in numbers]
-    tops = [value(max(some, default=None), 1) for some in numbers]
-    cells = [
-        low if low.text == top.text else Value(None, f"{low.text}-{top.text}")
-        for low, top in zip(values, tops)
-    ]
-    return Row(f"{name} (published)", block, tuple(cells), "published")
-
-
-def _sources(
-    name: str, block: str, figures: Sequence[Published], heads: Mapping[str, str]
-) -> Iterator[tuple[str, str]]:
-    """Where every figure stands in print; also of those that are over other candidates."""
-    covered = {p.dataset for p in figures if _block(p) == block}
-    for p in figures:
-        if _block(p) == block:
-            low = ", low confidence" * (p.confidence == "low")
-            text = f"{name} (published), {block}: {p.name_as_published} in {p.source}{low}"
-            yield text, f"{heads[p.dataset]} {p.value:g}"
-        elif p.dataset not in covered and name != "first-stage":
-            text = f"{name} (published), not shown beside {block}, for it is over other candidates"
-            yield text, f"{heads[p.dataset]} ({_block(p)})"
 
 
 # --- efficiency and summary -------------------------------------------------------------------
@@ -427,10 +208,14 @@ COLUMNS: dict[str, tuple[str, int, Better]] = {  # head, digits; a key that is n
     "gain_share": ("% of gain", 1, "high"), "unparsable": ("unparsed %", 1, "low"),
     "cut_off": ("cut off %", 1, "low"), "no_op": ("no-op %", 1, ""), "kendall_tau": ("tau", 2, ""),
     "latency_median": ("median s", 2, "low"), "latency_p90": ("p90 s", 2, "low"),
+    "latency_p99": ("p99 s", 2, "low"), "tflop": ("TFLOP/q", 2, "low"), "rpp": ("RPP", 2, "high"),
+    "qpp": ("QPP", 2, "high"), "energy_joules": ("J/q", 1, "low"),
+    "gpu_memory_gib": ("GPU GiB", 1, "low"), "money": ("price/1k q", 3, "low"),
     "faults": ("faults", 0, "low"),
 }  # fmt: skip
 COSTS = ("calls", "rounds", "prompt_tokens", "generated_tokens", "seconds")
 FAULTS = ("unparsable", "cut_off")
+BY_PROTOCOL = ("seconds", "queries_per_second", "energy_joules", "money")
 EFFICIENCY = (*COSTS, "queries_per_second", "gain_share", *FAULTS, "no_op", "kendall_tau")
 SUMMARY = ("gain", "calls", "rounds", "generated_tokens", "seconds", "faults")
 EXPLAINED = (
@@ -441,16 +226,34 @@ EXPLAINED = (
     "unparsed: answers that could not be read. no-op: answers that left the order as it was.",
     "tau: Kendall's rank correlation with the first stage.",
 )
+WHERE_KNOWN = {  # columns that stand only where some cell has a number, and what they are
+    "tflop": "TFLOP/q: decoder formula over whole prompts. RPP, QPP: nDCG@10, queries a PFLOP.",
+    "rpp": "", "qpp": "",
+    "latency_median": "median, p90, p99 s: wall clock of queries that run alone, a fixed sample.",
+    "latency_p90": "", "latency_p99": "",
+    "energy_joules": "J/q: of whole boards while the cell ran. GPU GiB: the most seen in use.",
+    "gpu_memory_gib": "",
+    "money": "price/1k q: s/q of 1,000 queries at the given price of a GPU-hour.",
+}  # fmt: skip
 
 
-def efficiency(cells: Sequence[CellResult]) -> Table:
-    """What every model cost and did, one block for dataset and first stage, both protocols."""
+def efficiency(
+    cells: Sequence[CellResult], *, price: float | None = None, details: bool = False
+) -> Table:
+    """What every model cost and did, one block for dataset and first stage, both protocols.
+
+    price     of a GPU-hour, for cells that ran on one
+    details   for machines: every number of the record's efficiency, too
+    """
     used = [cell for cell in shown(cells) if cell.record["state"] != "failed"]
-    timed = any(part(cell, "efficiency", "latency") for cell in used)
-    keys = (*EFFICIENCY, *("latency_median", "latency_p90") * timed)
     baselines = {cell.model for cell in used if is_sanity(cell)}
-    models = [row for row in _per_cell(used, keys) if row.label not in baselines]
-    notes = (*EXPLAINED, *_told(_left_out(cells, used)))
+    numbers = [numbers_of(c, price) for c in used if c.model not in baselines]
+    known = {key: None for found in numbers for key, n in found.items() if n is not None}
+    more = [key for key in known if "." in key] if details else []
+    keys = (*EFFICIENCY, *(key for key in WHERE_KNOWN if key in known), *more)
+    models = [row for row in _per_cell(used, keys, price) if row.label not in baselines]
+    explained = [text for key, text in WHERE_KNOWN.items() if text and key in keys]
+    notes = (*EXPLAINED, *explained, *told(left_out(cells, used)))
     return Table("Efficiency", tuple(map(_column, keys)), tuple(models), notes)
 
 
@@ -458,25 +261,30 @@ def summary(cells: Sequence[CellResult]) -> Table:
     """What a run came to: quality, cost and faults of every cell, fake ones with a sign."""
     used = ordered(cells)
     names = [name for cell in used for name in cell.measures]
-    keys = (MEASURE if MEASURE in names or not names else names[0], *SUMMARY)
+    timed = ("latency_median", "latency_p90") * any(map(is_latency, used))
+    keys = (MEASURE if MEASURE in names or not names else names[0], *SUMMARY, *timed)
     notes = (f"{FAKE} {SIGNS[FAKE]}",) * any(map(is_fake, used))
     return Table("Summary", tuple(map(_column, keys)), tuple(_per_cell(used, keys)), notes)
 
 
 def _column(key: str) -> Column:
-    head, _, better = COLUMNS.get(key, (key, 4, "high"))
+    head, _, better = COLUMNS.get(key, (key, 4, "" if "." in key else "high"))
     return Column(key, head, "", better)
 
 
-def _per_cell(cells: Sequence[CellResult], keys: Sequence[str]) -> list[Row]:
+def _per_cell(
+    cells: Sequence[CellResult], keys: Sequence[str], price: float | None = None
+) -> list[Row]:
     """One row a cell, of one block for dataset, first stage and depth."""
     measure = keys[0] if keys[0] not in COLUMNS else MEASURE
     first, best = companions(cells, "first-stage"), companions(cells, "oracle")
-    rows = []
+    rows, apart = [], len(set(map(is_latency, cells))) > 1
     for cell in cells:
         place = cell.dataset, block_of(cell)
         ours, most = gain(cell, first, measure), gain(best.get(place, cell), first, measure)
-        numbers = {**cell.measures, **numbers_of(cell), "gain": ours}
+        numbers = {**cell.measures, **numbers_of(cell, price), "gain": ours}
+        if apart and is_latency(cell):  # two protocols never share a column
+            numbers |= dict.fromkeys(BY_PROTOCOL)
         if place in best and ours is not None and most and most > 0:
             numbers["gain_share"] = 100 * ours / most
         line = [
@@ -489,14 +297,26 @@ def _per_cell(cells: Sequence[CellResult], keys: Sequence[str]) -> list[Row]:
     return sorted(rows, key=lambda row: groups.index(row.group))
 
 
-def numbers_of(cell: CellResult) -> dict[str, float | None]:
-    """A cell's own numbers by column: costs per query, faults in percent of the calls."""
+def numbers_of(cell: CellResult, price: float | None = None) -> dict[str, float | None]:
+    """A cell's own numbers by column: costs per query, faults in percent of the calls.
+
+    A key with dots is a path in the record.
+    """
     faults, times = dict(part(cell, "faults")), part(cell, "efficiency", "latency")
     calls, no_op = faults.pop("calls", None), faults.pop("no_op_rate", None)
+    pflop = None if (flops := cost(cell, "flops")) is None else flops / 1e15
+    spent, hours = part(cell, "efficiency"), _gpu_hours(cell)
     return {
-        **{key: cost(cell, key) for key in COSTS},
+        **{key: cost(cell, key) for key in (*COSTS, "energy_joules")},
+        "queries_per_second": spent.get("queries_per_second"),
+        "money": 1000 * hours * price if price is not None and hours is not None else None,
+        "tflop": None if pflop is None else 1000 * pflop,
+        "rpp": cell.measures[MEASURE] / pflop if pflop and MEASURE in cell.measures else None,
+        "qpp": 1 / pflop if pflop else None,
+        "gpu_memory_gib": spent.get("gpu_memory_gib"),
+        "latency_p99": times.get("p99"),
+        **dict(_paths(spent, "efficiency.")),
         **{key: 100 * faults.get(key, 0) / calls if calls else None for key in FAULTS},
-        "queries_per_second": part(cell, "efficiency").get("queries_per_second"),
         "no_op": None if no_op is None else 100 * no_op,
         "kendall_tau": cell.record.get("kendall_tau"),
         "latency_median": times.get("median"),
@@ -504,3 +324,20 @@ def numbers_of(cell: CellResult) -> dict[str, float | None]:
         "faults": sum(faults.values()) if faults else None,
         "fault_share": 100 * sum(faults.values()) / calls if calls else None,
     }
+
+
+def _gpu_hours(cell: CellResult) -> float | None:
+    """Of a query, over all GPUs its calls kept busy; None where they ran on none, or elsewhere."""
+    engine, seconds = part(cell, "environment", "engine").get("engine"), cost(cell, "seconds")
+    here = part(cell, "environment", "hardware").get("gpu") and engine in ("hf", "vllm")
+    boards = cell.record["model"].get("tensor_parallel") or 1
+    return boards * seconds / 3600 if here and seconds is not None else None
+
+
+def _paths(found: Mapping[str, Any], above: str) -> Iterator[tuple[str, float]]:
+    """Every number below nested tables, by its path."""
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{above}{name}.")
+        elif value is not None:
+            yield f"{above}{name}", value

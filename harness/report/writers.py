@@ -55,16 +55,33 @@ def _spans(table: Table) -> list[tuple[str, int]]:
 
 
 def to_text(table: Table, width: int = 100) -> str:
-    """Plain columns for a terminal; footnote signs hang to the right of the aligned numbers."""
+    """Plain columns for a terminal; footnote signs hang to the right of the aligned numbers.
+
+    Columns that do not fit the width follow below, beside the labels once more.
+    """
     labels = ["model", *(f"  {plain(row.label)}" for row in table.rows)]
     left = [label.ljust(max(map(len, labels))) for label in labels]
     columns = [_text_column(table, i) for i in range(len(table.columns))]
-    head, *lines = ["  ".join(line).rstrip() for line in zip(left, *columns)]
-    out, number = [head], iter(lines)
-    for group, rows in _blocks(table):
-        out += [plain(group), *(next(number) for _ in rows)]
+    out: list[str] = []
+    for some in _folded(columns, width - len(left[0])):
+        head, *lines = ["  ".join(line).rstrip() for line in zip(left, *some)]
+        number = iter(lines)
+        out += [""] * bool(out) + [head]
+        for group, rows in _blocks(table):
+            out += [plain(group), *(next(number) for _ in rows)]
     below = [table.caption] * bool(table.caption) + [f"- {note}" for note in table.notes]
     return "\n".join([*out, *(line for text in below for line in wrap(plain(text), width))])
+
+
+def _folded(columns: Sequence[list[str]], width: int) -> list[list[list[str]]]:
+    """Columns in parts of at most this width; a part holds one column at least."""
+    parts: list[list[list[str]]] = [[]]
+    for column in columns:
+        used = sum(2 + len(other[0]) for other in parts[-1])
+        if parts[-1] and used + 2 + len(column[0]) > width:
+            parts.append([])
+        parts[-1].append(column)
+    return parts
 
 
 def _text_column(table: Table, i: int) -> list[str]:
@@ -107,6 +124,9 @@ _LATEX = {
 }  # fmt: skip
 
 
+TIGHT = r"\footnotesize\setlength{\tabcolsep}{2.5pt}"  # a table across both columns of a page
+
+
 def _latex(text: str) -> str:
     return "".join(_LATEX.get(c, c) for c in plain(text))
 
@@ -120,12 +140,13 @@ def to_latex(table: Table, label: str = "tab:results") -> str:
         body += [r"\midrule", _latex_line(head)]
         body += [_latex_line(_latex(row.label), *map(_latex_value, row.cells)) for row in rows]
     small = [r"\par\smallskip\raggedright\footnotesize"] * bool(table.notes)
+    kind, tight = ("table*", [TIGHT]) if width > 6 else ("table", [])
     return "\n".join([
-        r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering",
+        r"% needs \usepackage{booktabs}", rf"\begin{{{kind}}}", r"\centering", *tight,
         rf"\caption{{{_latex(table.caption or table.title)}}}", rf"\label{{{label}}}",
         rf"\begin{{tabular}}{{l{'r' * width}}}", r"\toprule", *body, r"\bottomrule",
         r"\end{tabular}", *small, *(_latex(note) + r"\par" for note in table.notes),
-        r"\end{table}", "",
+        rf"\end{{{kind}}}", "",
     ])  # fmt: skip
 
 
@@ -146,7 +167,8 @@ def _latex_spans(table: Table) -> list[str]:
 def _latex_value(v: Value) -> str:
     minus, text = "$-$" * v.text.startswith("-"), _latex(v.text.removeprefix("-"))
     mark = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}[v.mark]
-    return mark.format(minus + text) + _latex(v.note)
+    note = "".join(_LATEX.get(c, rf"\textsuperscript{{{c}}}") for c in v.note)
+    return mark.format(minus + text) + (rf"\rlap{{{note}}}" if len(v.note) == 1 else note)
 
 
 # --- for programs -----------------------------------------------------------------------------
@@ -161,9 +183,9 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
 
 def to_csv(table: Table) -> str:
     """Wide CSV of the printed numbers; what is absent is empty."""
-    head = ("group", "kind", "model", *(column.key for column in table.columns))
+    head = ("group", "model", *(column.key for column in table.columns))
     texts = [[v.text.replace(tables.ABSENT, "") for v in row.cells] for row in table.rows]
-    return csv_text([head, *([r.group, r.kind, r.label, *t] for r, t in zip(table.rows, texts))])
+    return csv_text([head, *([r.group, r.label, *t] for r, t in zip(table.rows, texts))])
 
 
 COSTS = ("calls", "prompt_tokens", "generated_tokens", "seconds")

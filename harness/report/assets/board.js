@@ -95,10 +95,10 @@
     const size = SIZES.find(([key]) => key === state.size);
     const cellsOfRow = Object.values(row.cells);
     if (!cellsOfRow.some((c) => groupShown(board.groups[c.group]))) return false;
+    if (state.kind && row.kind !== state.kind) return false;
     if (row.baseline) return true;
     return cellsOfRow.some(cellShown) && (!state.method || family(row) === state.method)
       && (!size || (known(row.parameters) && row.parameters >= size[2] && row.parameters < size[3]))
-      && (!state.kind || row.kind === state.kind)
       && (state.q || "").toLowerCase().split(/\s+/).every((word) => words(row).includes(word));
   }
   function sortValue(row, key) {
@@ -182,7 +182,7 @@
     showColumns();
     for (const a of document.querySelectorAll("a[data-cell]")) a.setAttribute("href", address({ view: "cell", cell: a.dataset.cell }));
     const count = models.filter(rowShown).length;
-    byId("count").textContent = `${count} of ${plural(models.length, "model")}`;
+    byId("count").textContent = `${count} of ${plural(models.length, "row")}`;
     byId("nothing").hidden = count > 0 || !models.length;
     drawPlots();
   }
@@ -200,22 +200,23 @@
 
   // --- plots ---------------------------------------------------------------------------------
 
-  const AXES = { tokens: "generated tokens per query", calls: "calls per query", prompt: "prompt tokens per query", seconds: "engine seconds per query" };
+  const AXES = { flops: "FLOPs per query", tokens: "generated tokens per query", calls: "calls per query", prompt: "prompt tokens per query", seconds: "engine seconds per query" };
   const SHAPES = {
     setwise: "M-5 -5H5V5H-5Z", listwise: "M0 -6L6 0L0 6L-6 0Z", pairwise: "M0 -6L6 5H-6Z", pointwise: "M-5 0A5 5 0 1 0 5 0A5 5 0 1 0 -5 0Z",
     other: "M-5 -5L5 5M-5 5L5 -5",
   };
 
+  const COSTS = ["tokens", "calls", "prompt", "flops"].filter((key) => key !== "flops" || [...cells.values()].some((c) => known(c.flops)));
   function setUpPlots() {
     options(byId("plot-group"), board.groups.map((g) => [g.number, `${g.short}, ${where(g)}`]));
-    options(byId("plot-x"), ["tokens", "calls", "prompt"].map((key) => [key, AXES[key]]));
+    options(byId("plot-x"), COSTS.map((key) => [key, AXES[key]]));
     byId("plot-group").addEventListener("change", (event) => keep({ plot: event.target.value }));
     byId("plot-x").addEventListener("change", (event) => keep({ x: event.target.value }));
   }
   function drawPlots() {
     if (byId("plots").hidden) return;
     const head = board.groups.find((g) => String(g.number) === state.plot && groupShown(g)) || board.groups.find(groupShown) || board.groups[0];
-    const x = ["calls", "prompt"].includes(state.x) ? state.x : "tokens";
+    const x = COSTS.includes(state.x) ? state.x : "tokens";
     byId("plot-group").value = head.number;
     byId("plot-x").value = x;
     for (const [id, key] of [["plot-left", x], ["plot-right", "seconds"]]) byId(id).replaceChildren(plot(byId(id).clientWidth || 560, head, key));
@@ -228,6 +229,7 @@
     for (let v = Math.ceil(low / step) * step; v <= high + step / 1e6; v += step) out.push(Number(v.toPrecision(12)));
     return out;
   }
+  const tick = (v) => (v >= 1e7 ? v.toExponential().replace("e+", "e") : v.toLocaleString("en-US"));
   function costAxis(values, left, right) {
     const some = values.filter((v) => v > 0);
     const [low, high] = [Math.min(...some, Infinity), Math.max(...some, 0)];
@@ -265,7 +267,7 @@
     return svg("svg", { width, height: 350, viewBox: `0 0 ${width} 350`, role: "group", "aria-label": `${head.measure} against ${AXES[key]}, ${head.short}` },
       yTicks.map((v) => [svg("path", { class: "grid", d: `M${left} ${y(v / 100)}H${right}` }), svg("text", { class: "soft", x: left - 8, y: y(v / 100) + 4, "text-anchor": "end" }, v)]),
       svg("path", { class: "axis", d: `M${left} ${bottom}H${right}` }),
-      axis.marks.map((v) => [svg("path", { class: "axis", d: `M${x(v)} ${bottom}v5` }), svg("text", { class: "soft", x: x(v), y: bottom + 19, "text-anchor": "middle" }, v.toLocaleString("en-US"))]),
+      axis.marks.map((v) => [svg("path", { class: "axis", d: `M${x(v)} ${bottom}v5` }), svg("text", { class: "soft", x: x(v), y: bottom + 19, "text-anchor": "middle" }, tick(v))]),
       svg("text", { x: right, y: bottom + 40, "text-anchor": "end" }, AXES[key]),
       svg("text", { x: left - 38, y: 9 }, `${head.measure} ×100`),
       base && [svg("path", { class: "reference", d: `M${left} ${y(base.value)}H${right}` }), svg("text", { class: "soft", x: right, y: y(base.value) - 5, "text-anchor": "end" }, `first stage ${scored(base.value, head)}`)],
@@ -294,7 +296,7 @@
 
   // --- comparing -----------------------------------------------------------------------------
 
-  const inGroup = (group) => [...models, ...board.rows.filter((row) => row.baseline)].filter((row) => row.cells[group]).map((row) => [row.cells[group].id, row.model]);
+  const inGroup = (group) => [...models, ...board.rows.filter((row) => row.baseline)].filter((row) => row.cells[group] && row.kind === "measured").map((row) => [row.cells[group].id, row.model]);
   function setUpCompare() {
     const form = byId("compare-form").elements;
     const update = () => {
@@ -316,7 +318,7 @@
   }
   async function compareView() {
     const [a, b] = [cells.get(state.a), cells.get(state.b)];
-    if (!a || !b) return notFound();
+    if (!a || !b || a.sources || b.sources) return notFound();
     if (a.group !== b.group) return [crumbs(), el("p", { class: "notice" }, "These two cells rank different candidates; a comparison would say nothing about the models.")];
     const [one, two, first, dataset] = await Promise.all([cellData(a.id), cellData(b.id), beside(a.head.first, cellData), beside(a.head.data)]);
     const measure = a.head.measure;
@@ -389,9 +391,19 @@
   }
   const cellLink = (cell) => link({ view: "cell", cell: cell.id }, `${cell.row.model}, ${cell.head.short}`);
 
+  function publishedView({ row, head, sources }) {
+    return [
+      crumbs(`${row.model}, ${head.short}`),
+      el("h2", null, row.model),
+      el("p", { class: "lead" }, `${head.measure} on ${head.dataset}, ${where(head)}: ${row.kind}, not measured here. The first stage has the same name and depth; whether the candidates are the same is not known.`),
+      sortable(["value", "source", "confidence"], sources.map((line) => line.map((v) => [v, v])), 1),
+      el("p", null, row.base),
+    ];
+  }
   async function cellView() {
     const cell = cells.get(state.cell);
     if (!cell) return notFound();
+    if (cell.sources) return publishedView(cell);
     const [shard, first, dataset] = await Promise.all([cellData(cell.id), beside(cell.head.first, cellData), beside(cell.head.data)]);
     const others = inGroup(cell.group).filter(([id]) => id !== cell.id);
     const { head } = cell;
@@ -449,7 +461,7 @@
   async function saveTrace(cell, shard) {
     const lines = [];
     for (const qid of Object.keys(shard.parts)) {
-      for (const call of objects(shard.calls, await part(cell.id, shard, qid))) lines.push(JSON.stringify({ qid, ...call }) + "\n");
+      for (const call of objects(shard.calls, (await part(cell.id, shard, qid)).calls)) lines.push(JSON.stringify({ qid, ...call }) + "\n");
     }
     save(cell, "trace.jsonl", lines.join(""));
   }
@@ -522,9 +534,10 @@
     return [el("span", { class: way, role: "img", "aria-label": `${says}${by ? ` ${Math.abs(by)}` : ""}` }, `${sign}${by ? ` ${Math.abs(by)}` : ""}`), by ? ` from ${from}` : "", note && el("span", { class: "note" }, note)];
   }
   function passage(passages, docid) {
-    const text = own(passages, docid);
-    if (!text || text.length <= 700) return text ? el("p", { class: "passage" }, text) : null;
-    return el("details", { class: "passage" }, el("summary", null, text.slice(0, 600) + " …"), el("div", null, "… " + text.slice(600)));
+    const [title, text] = own(passages, docid) || [];
+    const named = title && [el("b", null, title), " "];
+    if (!text || text.length <= 700) return text ? el("p", { class: "passage" }, named, text) : null;
+    return el("details", { class: "passage" }, el("summary", null, named, text.slice(0, 600) + " …"), el("div", null, "… " + text.slice(600)));
   }
   function topTen(qid, shard, first, dataset, passages, [name, extra] = []) {
     const grades = own(dataset?.grades, qid);
@@ -550,7 +563,8 @@
     const { query: qid } = state;
     const row = shard.queries.get(qid);
     if (!row) return notFound();
-    const [calls, passages] = await Promise.all([part(cell.id, shard, qid), part(cell.head.data, dataset, qid).catch(() => null)]);
+    const [mine, passages] = await Promise.all([part(cell.id, shard, qid), part(cell.head.data, dataset, qid).catch(() => null)]);
+    const asking = mine?.asked !== undefined && passages ? { ...mine, passages, prompt: shard.record.prompt } : null;
     const ids = [...shard.queries.keys()];
     const near = [["previous", ids[ids.indexOf(qid) - 1]], ["next", ids[ids.indexOf(qid) + 1]]].filter(([, id]) => id);
     return [
@@ -560,16 +574,16 @@
       el("p", { class: "row" }, near.map(([name, id]) => link({ view: "query", cell: cell.id, query: id }, `${name} query`))),
       el("h3", null, "Top 10"), topTen(qid, shard, first, dataset, passages),
       dataset && !passages && el("p", { class: "fine" }, "Passages are not part of this page: the collection's licence does not say that they may be."),
-      el("h3", null, "Calls"), callList(objects(shard.calls, calls || []), passages),
+      el("h3", null, "Calls"), callList(objects(shard.calls, mine?.calls || []), passages, asking),
     ];
   }
-  function callList(calls, passages) {
+  function callList(calls, passages, asking) {
     if (!calls.length) return el("p", null, "No call is on record for this query.");
     const box = el("div");
     const more = el("button", { type: "button" });
     const show = () => {
       const from = box.childElementCount;
-      box.append(...calls.slice(from, from + 50).map((call, i) => callItem(call, from + i + 1, passages)));
+      box.append(...calls.slice(from, from + 50).map((call, i) => callItem(call, from + i + 1, passages, asking)));
       more.hidden = box.childElementCount >= calls.length;
       more.textContent = `Show more of ${plural(calls.length, "call")}`;
     };
@@ -583,25 +597,74 @@
     if (listed.length) return `chose ${listed[0]}`;
     return known(call.score) ? `score ${number(call.score)}` : "no choice understood";
   }
-  function callItem(call, n, passages) {
+  function callItem(call, n, passages, asking) {
     const facts = [`round ${call.round}`, plural(call.docids.length, "passage"), decision(call), plural(call.generated_tokens, "token"), `finish: ${call.finish}`, call.from_cache && "from cache", call.changed === false && "order unchanged"].filter(Boolean);
     const body = el("div");
-    const item = el("details", { ontoggle: () => { if (!body.childElementCount) body.append(...callBody(call, passages)); } },
+    const item = el("details", { ontoggle: () => { if (!body.childElementCount) body.append(...callBody(call, passages, asking)); } },
       el("summary", null, el("b", null, `Call ${n}`), ` · ${facts.join(" · ")}`, call.faults.length > 0 && el("span", { class: "warn" }, ` · fault: ${call.faults.map((f) => f.replaceAll("_", " ")).join(", ")}`)), body);
     return item;
   }
-  function callBody(call, passages) {
+  const PLACE = /\{(query|docs|count|n|letter|text|title)\}/g;
+  const fillIn = (template, values) => template.replace(PLACE, (whole, name) => own(values, name) ?? whole);
+  function rendered({ prompt, asked, texts, passages }, docids) { // as Prompt.render does it; [heading, text] pairs
+    const shown = docids.map((docid, i) => ({ n: i + 1, letter: "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[i] ?? `A${i + 1}`, title: own(passages, docid)?.[0] ?? "", text: own(texts, docid) ?? own(passages, docid)?.[1] ?? "" }));
+    const values = { query: asked, docs: shown.map((c) => fillIn(prompt.passage, c)).join(prompt.separator), count: docids.length, text: shown[0]?.text ?? "" };
+    const out = [];
+    for (let i = 0, j; i < prompt.messages.length; i = j) {
+      const each = prompt.messages[i].each;
+      for (j = i + 1; each && prompt.messages[j]?.each;) j++;
+      for (const c of each ? shown : [{}]) for (const turn of prompt.messages.slice(i, j)) out.push([turn.role, fillIn(turn.content, { ...values, ...c })]);
+    }
+    const rest = { prompt: prompt.text, "answer starts with": prompt.prefill, "scored continuation": prompt.continuation };
+    return [...out, ...Object.entries(rest).filter(([, text]) => text).map(([name, text]) => [name, name === "answer starts with" ? text : fillIn(text, values)])];
+  }
+  function promptAsked(asking, call) {
+    const { limits, answer, text } = asking.prompt;
+    const notes = [`Rebuilt from the wire format and the passages${text ? "" : ", before the model's chat template"}.`,
+      limits.unit === "tokens" && (limits.passage || limits.query) && "Cuts in the model's own tokens are not made here.",
+      limits.shrink && "A window that did not fit was asked again with fewer words; that is not shown.",
+      answer === "reasoning" && call.round > 1 && "The second time, the model's own thought followed, cut at its last sentence and closed."];
+    const body = el("div");
+    const show = () => { if (!body.childElementCount) body.append(el("p", { class: "fine" }, notes.filter(Boolean).join(" ")), ...rendered(asking, call.docids).flatMap(([name, text]) => [el("p", { class: "role" }, name), el("pre", null, text)])); };
+    return el("details", { class: "asked", ontoggle: show }, el("summary", null, "The prompt as it was asked"), body);
+  }
+  function callBody(call, passages, asking) {
     const split = call.text.lastIndexOf("</think>");
     const texts = split < 0 ? [["The model's text", call.text]] : [["Reasoning", call.text.slice(0, split).replace(/^\s*<think>\s*/, "")], ["Answer", call.text.slice(split + 8).trim()]];
     const rank = new Map(call.order.map((position, i) => [position, i + 1]));
     return [
       call.left_out > 0 && el("p", { class: "fine" }, `${plural(call.left_out, "character")} left out here: a longer answer is shown with its first and last ${whole(board.cut / 2)} characters. The cell's trace has it whole.`),
       texts.filter(([, text]) => text).map(([name, text]) => [el("h3", null, name), el("pre", null, text)]),
+      asking && promptAsked(asking, call),
       el("h3", null, call.order.length > 1 ? "Shown, with the place each was given" : "Shown"),
       el("div", { class: "scroll" }, el("table", { class: passages ? "list" : "list fit" }, el("tbody", null, call.docids.map((docid, i) => el("tr", null, el("td", { class: "left" }, `[${i + 1}]`), el("td", { class: "grow" }, el("span", { class: "mono" }, docid), passage(passages, docid)),
         el("td", null, rank.has(i) ? (call.order.length > 1 ? `→ ${rank.get(i)}` : el("b", null, "◂ chosen")) : "")))))),
       el("p", { class: "fine" }, `Parsed: ${call.order.length ? call.order.map((i) => `[${i + 1}]`).join(" > ") : decision(call)}. ${whole(call.prompt_tokens)} prompt, ${whole(call.generated_tokens)} generated, ${whole(call.reasoning_tokens)} reasoning tokens; ${number(call.seconds)} s. Request key `, el("span", { class: "mono" }, call.key), "."),
     ].flat(Infinity).filter(Boolean);
+  }
+
+  // --- a served page follows the results folder ----------------------------------------------
+
+  function follow() {
+    const script = el("script", { src: `data/progress.js?${Date.now()}`, onerror: () => { script.remove(); showRuns(null); }, onload: () => {
+      script.remove();
+      const { live, cells: going } = arrived.get("progress");
+      if (live !== board.live && !state.view) return location.reload();
+      showRuns(going);
+      setTimeout(follow, 2000);
+      return undefined;
+    } });
+    document.head.append(script);
+  }
+  function showRuns(going) {
+    const box = byId("live");
+    box.hidden = going?.length === 0;
+    if (!going) return box.replaceChildren(el("p", null, "The server has ended; this page follows the results no longer."));
+    const count = (name) => going.filter((c) => c.state === name).length;
+    const counts = ["running", "planned", "complete", "failed"].filter(count).map((name) => `${count(name)} ${name}`);
+    const bar = (c) => c.state === "running" && c.total > 0 && [el("progress", { value: c.done, max: c.total, "aria-label": c.cell }), ` ${c.done} of ${plural(c.total, "query", "queries")}, ${plural(c.calls, "call")}`];
+    return box.replaceChildren(el("h2", null, `A run is going: ${counts.join(", ")}`),
+      el("div", { class: "scroll" }, el("table", { class: "list fit" }, el("tbody", null, going.map((c) => el("tr", null, el("td", { class: "left" }, c.cell), el("td", { class: c.state === "failed" ? "left warn" : "left" }, c.state), el("td", { class: "left" }, bar(c))))))));
   }
 
   // --- which view ----------------------------------------------------------------------------
@@ -644,4 +707,5 @@
     waiting = setTimeout(() => (byId("board").hidden ? state.view === "compare" && show() : drawPlots()), 150);
   });
   show();
+  if (board.live) follow();
 })();
