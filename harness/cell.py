@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from harness import costs, env, measure, schedule, store
+from harness import budget, costs, env, flops, measure, schedule, specs, store
 from harness.cache import Cache, Identity
 from harness.data import Collection
 from harness.data.formats import write_run
@@ -54,9 +55,16 @@ class Job:
     def needs_engine(self) -> bool:
         return bool(self.method.answers)
 
-    @property
+    @cached_property
     def queries(self) -> tuple[Query, ...]:
-        return self.collection.queries
+        """Every query; of a latency run, its fixed sample."""
+        every = self.collection.queries
+        return costs.sample(every, self.cell.protocol.seed) if self.alone else every
+
+    @property
+    def alone(self) -> bool:
+        """Is it a latency run, one query at a time?"""
+        return self.cell.protocol.kind == "latency"
 
 
 def resolve(cell: Cell, prompt: Prompt | None, collection: Collection) -> Job:
@@ -135,8 +143,7 @@ class Task:
     @property
     def group(self) -> str:
         """Tasks of one non-empty group may run together; latency is measured alone."""
-        quality = self.job.cell.protocol.kind == "quality"
-        return self.engine.group if self.engine and quality else ""
+        return self.engine.group if self.engine and not self.job.alone else ""
 
 
 def run(
@@ -156,15 +163,16 @@ def run(
 def run_together(tasks: Sequence[Task], cache: Cache, results: Path) -> Iterator[CellResult]:
     """Run cells of one group, all their queries in flight; each is written when it is done."""
     runs = [_Run(task, len(tasks)) for task in tasks]
-    protocol = tasks[0].job.cell.protocol
-    latency = protocol.kind == "latency"
+    alone, asked = tasks[0].job.alone, tasks[0].job.cell.protocol.concurrency
     steps = schedule.run_together(
-        [run.lane for run in runs],
-        cache,
-        concurrency=1 if latency else protocol.concurrency or runs[0].lane.engine.capacity,
-        read_cache=not latency,
+        [run.lane() for run in runs],
+        runs[0].clock.watch(cache, get_many="cache", put_many="cache"),
+        concurrency=1 if alone else asked or runs[0].engine.capacity,
+        read_cache=not alone,
     )
     try:
+        if alone:
+            runs[0].warm_up(cache)
         for lane, outcome in steps:
             if runs[lane].take(outcome):
                 yield runs[lane].finish(results)
@@ -179,32 +187,53 @@ class _Run:
 
     def __init__(self, task: Task, together: int) -> None:
         self.task, self.together = task, together
-        self.started, self.clock = datetime.now(UTC), time.perf_counter()
+        self.engine = task.engine or _NoEngine()
         self.notes: Counter[str] = Counter()
         self.done: dict[str, Outcome] = {}
         self.calls = 0
         self.key = key(task.job, task.engine)
+        self.clock, self.started = costs.Clock(), datetime.now(UTC)
+        self._begin()
 
-    @property
-    def lane(self) -> schedule.Lane:
-        task, engine = self.task, self.task.engine or _NoEngine()
-        flows = ((q.qid, flow(task.job, q, task.engine, self.notes)) for q in task.job.queries)
-        return schedule.Lane(flows, engine, identity(task.job.cell, engine).key)
+    def _begin(self) -> None:
+        self.clock.parts.clear()
+        self.begun, self.meter = time.perf_counter(), env.GpuMeter()
+        self.loaded = "load_seconds" in self.engine.facts
+
+    def lane(self, most: int | None = None) -> schedule.Lane:
+        """The cell's flows, of its first `most` queries or all, with their parts timed."""
+        job, clock = self.task.job, self.clock
+        prompt = job.prompt and clock.watch(job.prompt, render="render", parse="parse")
+        engine = clock.watch(self.engine, submit="tokenise", clip="tokenise", poll="wait")
+        begin = clock.timed("render", flow)
+        asked, timed = self.task.engine and engine, replace(job, prompt=prompt)
+        flows = ((q.qid, begin(timed, q, asked, self.notes)) for q in job.queries[:most])
+        return schedule.Lane(flows, engine, identity(job.cell, self.engine).key)
+
+    def warm_up(self, cache: Cache) -> None:
+        """Load what the engine needs and answer a few queries; what counts begins after them."""
+        lane = self.lane(costs.WARM_UP)
+        for _ in schedule.run_together([lane], cache, concurrency=1, read_cache=False):
+            pass
+        self.notes.clear()
+        self._begin()
 
     def take(self, outcome: Outcome) -> bool:
         """Keep a query's outcome; True when it was the last."""
         total = len(self.task.job.queries)
         self.done[outcome.qid] = outcome
+        self.meter.look()
         self.calls += len(outcome.calls)
         self.task.progress(len(self.done), total, self.calls)
         return len(self.done) == total
 
     def finish(self, results: Path) -> CellResult:
         """Measure and write the cell; the order is the query file's."""
-        wall = time.perf_counter() - self.clock
+        wall = time.perf_counter() - self.begun
         job, engine = self.task.job, self.task.engine
         outcomes = [self.done[query.qid] for query in job.queries]
-        scores = measured(job, outcomes)
+        scores = self.clock.timed("evaluate", measured)(job, outcomes)
+        trace = list(trace_rows(outcomes))
         rows = [per_query_row(q, o, scores) for q, o in zip(job.queries, outcomes, strict=True)]
         made_with = env.environment() | {"engine": None}
         if engine:
@@ -219,15 +248,28 @@ class _Run:
             "kendall_tau": costs.mean([row["tau"] for row in rows if row["tau"] is not None]),
             "faults": costs.faults(outcomes),
             "inputs": {**job.collection.warnings, **notes},
-            "efficiency": costs.efficiency(
-                outcomes, wall if self.together == 1 else None, job.cell.protocol.kind
-            ),
+            "audit": dict(job.collection.audit),
+            "efficiency": self._efficiency(outcomes, wall),
+            "budget": list(_budget(job, trace)),
             "environment": made_with,
             **stamps(self.task.command, self.started),
         }
         ranked = {o.qid: list(zip(o.ranking.docids, o.ranking.scores)) for o in outcomes}
-        files = store.Files(record, write_run(ranked), rows, _trace(outcomes))
+        files = store.Files(record, write_run(ranked), rows, trace)
         return CellResult(record, tuple(rows), store.write(results, job.cell, files))
+
+    def _efficiency(self, outcomes: Sequence[Outcome], wall: float) -> dict[str, Any]:
+        """What cells cost that ran together, no clock or meter can tell apart."""
+        cell, facts, by_itself = self.task.job.cell, self.engine.facts, self.together == 1
+        shape = flops.shape(facts.get("config")) or flops.known().get(cell.model.base)
+        timed = wall if by_itself else None
+        spent = costs.efficiency(outcomes, timed, cell.protocol.kind, shape=shape)
+        if by_itself:
+            load = None if self.loaded else facts.get("load_seconds")
+            spent["breakdown"] = self.clock.breakdown(outcomes, load)
+        if spent["wall_seconds"] and self.engine.fingerprint.get("engine") in ("hf", "vllm"):
+            spent |= self.meter.read()  # of any other engine, the GPU is elsewhere
+        return spent
 
     def fail(self, results: Path, error: HarnessError) -> None:
         """Note the failure in the cell's place, unless it was finished before."""
@@ -347,7 +389,9 @@ def record_head(job: Job, identity: str, state: str) -> dict[str, Any]:
             "label": cell.dataset_name,
             **dataset,
             "sha256": job.collection.sha256,
-            "in_domain": in_domain(cell),
+            "in_domain": specs.in_domain(
+                cell.model.trained_on, cell.dataset.name, cell.dataset.family
+            ),
         },
         "first_stage": {"name": cell.first_stage_name, "sha256": job.collection.run_sha256},
         "depth": cell.depth,
@@ -360,14 +404,6 @@ def _public(base: str) -> str:
     """A hub id as it is; of a local folder only its name."""
     local = base.startswith((".", "/", "~")) or Path(base).is_dir()
     return Path(base).name if local else base
-
-
-def in_domain(cell: Cell) -> bool:
-    """Did the model train on this collection's own queries? TREC DL stands on MS MARCO."""
-    trained = {name.split(":")[0] for name in cell.model.trained_on}
-    return cell.dataset.name in trained or (
-        cell.dataset.family == "dl" and "msmarco-passage" in trained
-    )
 
 
 def stamps(command: str, started: datetime) -> dict[str, str]:
@@ -387,7 +423,15 @@ def _failed(
     return {**head, "error": str(error), "measures": {}, **stamps(command, started)}
 
 
-def _trace(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+def _budget(job: Job, trace: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Points of the budget curve; none for a baseline."""
+    if job.prompt:
+        asks, name = partial(job.method.flow, **job.options), job.cell.dataset.measures[0]
+        known = job.queries, trace, job.collection.qrels, name
+        yield from budget.curve(asks, job.prompt.answer, *known)
+
+
+def trace_rows(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
     """One call per line; the order is the query file's, then the order of asking."""
     for outcome in outcomes:
         for call in outcome.calls:

@@ -6,19 +6,19 @@ not know how cells are run: it counts what it is handed.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness import flops
-from harness.types import Call, Fault, Outcome, Query
+from harness.types import Call, Fault, Outcome, Query, digest
 
 SAMPLE, WARM_UP = 100, 2  # queries of a latency run, and how many of them go first, untimed
-MEASURED = ("breakdown", "energy_joules", "gpu_memory_gib")  # by whoever runs the cell
+PARTS = ("render", "tokenise", "wait", "parse", "cache", "evaluate")  # of a run's own clock
+METERED = ("breakdown", "energy_joules", "gpu_memory_gib")
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -31,14 +31,11 @@ def at(share: float, values: Sequence[float]) -> float:
 
 
 def sample(queries: Sequence[Query], seed: int) -> tuple[Query, ...]:
-    """The fixed sample of a latency run: the SAMPLE queries with the lowest SHA-256 of
-    `seed:dataset:qid`, in the order given; all of them when there are no more."""
-
-    def place(query: Query) -> str:
-        return hashlib.sha256(f"{seed}:{query.dataset}:{query.qid}".encode()).hexdigest()
-
-    chosen = set(sorted(map(place, queries))[:SAMPLE])
-    return tuple(query for query in queries if place(query) in chosen)
+    """The fixed sample of a latency run: the SAMPLE queries with the lowest SHA-256 of the JSON
+    list [seed, dataset, qid], in the order given; all of them when there are no more."""
+    places = {q.qid: digest([seed, q.dataset, q.qid]) for q in queries}
+    chosen = set(sorted(places, key=places.__getitem__)[:SAMPLE])
+    return tuple(query for query in queries if query.qid in chosen)
 
 
 def answered(calls: Sequence[Call]) -> list[Call]:
@@ -60,19 +57,14 @@ def faults(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def efficiency(
-    outcomes: Sequence[Outcome],
-    wall: float | None,
-    kind: str,
-    *,
-    shape: flops.Shape | None = None,
-    measured: Mapping[str, Any] | None = None,
+    outcomes: Sequence[Outcome], wall: float | None, kind: str, *, shape: flops.Shape | None = None
 ) -> dict[str, Any]:
     """Totals from call records; what depends on this run's clock is None as soon as one answer
     came from a cache, or where wall is None.
 
     seconds        recorded engine time, also of calls answered before; what is replayed is by it
     flops          of whole prompts, whatever a prefix cache spared; flops_spared is what it did
-    measured       values for MEASURED
+    METERED        for who runs the cell to fill
     """
     calls = answered([call for o in outcomes for call in o.calls])
     done = [call.completion for call in calls]
@@ -94,8 +86,7 @@ def efficiency(
         "calls_from_cache": cached,
         **_operations(calls, shape),
         "latency": _latency(outcomes) if kind == "latency" and timed else None,
-        **dict.fromkeys(MEASURED),
-        **(measured or {}),
+        **dict.fromkeys(METERED),
     }
 
 
@@ -146,6 +137,7 @@ def _latency(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "p99": at(0.99, seconds),
         "rounds": mean([o.rounds for o in outcomes]),
         "queries": len(seconds),
+        "sample": SAMPLE,
         "warm_up": min(WARM_UP, len(seconds)),
     }
 
@@ -154,7 +146,7 @@ class Clock:
     """Where the seconds of a run go, by part; a part inside another counts for itself alone."""
 
     def __init__(self) -> None:
-        self.parts: Counter[str] = Counter()
+        self.parts: dict[str, float] = defaultdict(float)
         self._inside = 0.0
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,22 +171,17 @@ class Clock:
         )
 
     def breakdown(self, outcomes: Sequence[Outcome], load: float | None) -> dict[str, Any]:
-        """Seconds of this run by part, None for what no engine did or none recorded.
+        """Seconds of this run by part; load is None where the engine does not tell.
 
-        wait: blocked for answers, loading apart. queue, prefill, decode: as the engine recorded
-        them for this run's calls, added up; calls in flight together wait at the same time.
+        wait: blocked for answers, without the load if it is known. queued, prefill, decode: as the
+        engine recorded them for this run's calls, added up; calls queue at the same time.
         """
         fresh = [c.completion for o in outcomes for c in o.calls if not c.from_cache]
-        own = {part: self.parts[part] for part in ("render", "tokenise", "wait", "parse", "cache")}
-        inside = {
-            "queue": math.fsum(c.queued for c in fresh),
-            "prefill": math.fsum(c.prefill for c in fresh),
-            "decode": math.fsum(c.decode for c in fresh),
-        }
-        parts = own | {"evaluate": self.parts["evaluate"], "load": load}
+        parts = {name: self.parts[name] for name in PARTS}
         parts["wait"] -= load or 0.0
-        known = parts | (inside if fresh else dict.fromkeys(inside))
-        return {part: None if s is None else round(s, 6) for part, s in known.items()}
+        for name in ("queued", "prefill", "decode"):
+            parts[name] = math.fsum(getattr(c, name) for c in fresh)
+        return {"load": load, **{name: round(spent, 6) for name, spent in parts.items()}}
 
 
 class _Watched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -62,6 +63,52 @@ def gpus() -> list[str] | None:
         "nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"
     )
     return lines.splitlines() if lines else None
+
+
+class GpuMeter:
+    """Energy and memory of the GPUs this process may use, by NVML: what their boards took, whoever
+    used them. Both are None where there is no GPU that counts, or no nvidia-ml-py."""
+
+    def __init__(self) -> None:
+        self._nvml, self._boards = _boards()
+        self._before, self._most = self._millijoules(), 0
+
+    def look(self) -> None:
+        """Note the memory in use: the peak is the highest that was seen."""
+        used = (self._nvml.nvmlDeviceGetMemoryInfo(board).used for board in self._boards)
+        self._most = max(self._most, sum(used))
+
+    def read(self) -> dict[str, float | None]:
+        """Since the meter was made."""
+        self.look()
+        joules, gib = (self._millijoules() - self._before) / 1000, self._most / 2**30
+        known = bool(self._boards)
+        return {
+            "energy_joules": joules if known else None,
+            "gpu_memory_gib": gib if known else None,
+        }
+
+    def _millijoules(self) -> int:
+        return sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(b) for b in self._boards)
+
+
+def _boards() -> tuple[Any, list[Any]]:
+    """NVML and a handle of every GPU that CUDA_VISIBLE_DEVICES leaves; none if one has no meter."""
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError:
+        return None, []
+    try:
+        nvml.nvmlInit()
+        every = ",".join(map(str, range(nvml.nvmlDeviceGetCount())))
+        names = [n for n in os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",") if n]
+        by_index, by_uuid = nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetHandleByUUID
+        boards = [by_index(int(n)) if n.isdecimal() else by_uuid(n) for n in names]
+        for board in boards:
+            nvml.nvmlDeviceGetTotalEnergyConsumption(board)
+    except nvml.NVMLError:  # no driver, no such GPU, or one from before the counter
+        return None, []
+    return nvml, boards
 
 
 def commit() -> str | None:

@@ -6,18 +6,13 @@ Owns how models and datasets are named on the command line. It runs nothing and 
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from harness import cell as cells
-from harness import schedule, store
-from harness.cache import Cache
-from harness.data import Collection, load
-from harness.engines.fake import FakeEngine
-from harness.matrix import open_for
+from harness.data import Collection, audit, load
 from harness.specs import Registry, build, folder_dataset, override, read_toml, with_method
 from harness.types import (
     DEFAULT_SEED,
@@ -27,7 +22,6 @@ from harness.types import (
     ModelSpec,
     Protocol,
     RegistryError,
-    Request,
     Serving,
     UsageError,
 )
@@ -70,6 +64,7 @@ class Selection:
             base_url=self.base_url,
             served_model=self.served_model,
             tokenizer=self.tokenizer,
+            connections=self.concurrency or 0,
         )
 
 
@@ -81,7 +76,8 @@ PLAIN_FIELDS = tuple(
 def from_suite(path: Path, given: Selection) -> Selection:
     """A suite file's selection; what the command line gives as well wins."""
     table = read_toml(path)
-    table.pop("description", None)
+    for remark in ("description", "paper"):  # what a run has no use for
+        table.pop(remark, None)
     base = build(Selection, table, str(path))
     plain = Selection()
     changed: dict[str, Any] = {
@@ -219,8 +215,11 @@ def find_datasets(registry: Registry, text: str, selection: Selection) -> list[D
         ]
     elif path.name.endswith(REQUEST_FILES) or text.startswith((".", "/", "~")):
         raise MissingResourceError(f"{text}: no such dataset file or folder")
+    elif selection.name:
+        raise UsageError(f"--name is for a dataset given by its path, {text} is none")
     else:
-        return registry.find_datasets(text)
+        judged = Path(selection.qrels).stem if selection.qrels else ""
+        found = [replace(spec, judged_by=judged) for spec in registry.find_datasets(text)]
     if selection.qrels:
         found = [replace(spec, qrels=selection.qrels) for spec in found]
     return [_named(registry, spec, selection.name) for spec in found]
@@ -255,63 +254,16 @@ class Loader:
         place = (
             cell.dataset.name,
             cell.dataset.location,
+            cell.dataset.qrels,
             asked_first_stage,
             cell.depth,
             cell.limit,
         )
         if place not in self._loaded:
-            self._loaded[place] = load(cell.dataset, asked_first_stage, cell.depth, cell.limit)
+            found = load(cell.dataset, asked_first_stage, cell.depth, cell.limit)
+            figures = audit.checked(cell.dataset, found, cell.depth, cell.limit)
+            self._loaded[place] = replace(found, audit=figures)
         collection = self._loaded[place]
         named = replace(cell, first_stage=collection.first_stage)
         prompt = self.registry.prompt(cell.model.prompt) if cell.model.prompt else None
         return cells.resolve(named, prompt, collection)
-
-
-# --- what a run would cost --------------------------------------------------------------------
-
-
-def estimate(job: cells.Job, cache: Cache, results: Path, serving: Serving) -> dict[str, Any]:
-    """Run the job's methods against the cache and, where it has no answer, a pretended one.
-
-    Calls and rounds are exact where the method fixes them; for a sort they are those of one
-    consistent judge. `cached` counts the calls that the cache answers on the way there. Prompt
-    words stand for tokens. Nothing is stored and no model is loaded.
-    """
-    row: dict[str, Any] = {"dataset": job.cell.dataset_name, "model": job.cell.model_name}
-    engine = open_for(job, serving)
-    row["state"] = store.state(results, job.cell, cells.key(job, engine))
-    row["queries"] = len(job.queries)
-    if engine is None:
-        return row | {"calls": 0, "rounds": 0, "prompt_words": 0, "cached": 0}
-    pretended = FakeEngine(job.cell.model)
-    pretended.clip = engine.clip  # type: ignore[method-assign]
-    outcomes = list(
-        schedule.run(
-            ((q.qid, cells.flow(job, q, pretended, Counter())) for q in job.queries),
-            pretended,
-            _ReadOnly(cache),  # type: ignore[arg-type]
-            key=cells.identity(job.cell, engine).key,
-            concurrency=pretended.capacity,
-        )
-    )
-    calls = [call for outcome in outcomes for call in outcome.calls]
-    return row | {
-        "calls": len(calls),
-        "rounds": sum(outcome.rounds for outcome in outcomes),
-        "prompt_words": sum(len(_words(call.request)) for call in calls),
-        "cached": sum(call.from_cache for call in calls),
-    }
-
-
-def _words(request: Request) -> list[str]:
-    return " ".join([m.content for m in request.messages] + [request.text or ""]).split()
-
-
-class _ReadOnly:
-    """A cache that answers and never stores."""
-
-    def __init__(self, cache: Cache) -> None:
-        self.get_many = cache.get_many
-
-    def put_many(self, items: Sequence[Any]) -> None:
-        return None

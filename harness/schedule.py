@@ -106,6 +106,23 @@ def run_together(
             query.flow.close()
 
 
+def first_miss(flow: Flow, cache: Cache, key: Callable[[Request], bytes]) -> Request | None:
+    """Replay a flow from the cache: the first request without an answer, None if all have one."""
+    try:
+        requests = next(flow)
+        while True:
+            keys = [key(request) for request in requests]
+            found = cache.get_many(keys)
+            for name, request in zip(keys, requests):
+                if name not in found:
+                    return request
+            requests = flow.send([found[name] for name in keys])
+    except StopIteration:
+        return None
+    finally:
+        flow.close()
+
+
 class _Loop:
     def __init__(self, lanes: Sequence[Lane], cache: Cache, read_cache: bool) -> None:
         self.lanes, self.cache, self.read_cache = lanes, cache, read_cache
@@ -120,10 +137,11 @@ class _Loop:
     def admit(self, concurrency: int) -> None:
         """Fill the free places."""
         while self.open and len(self.alive) < concurrency:
+            admitted = time.perf_counter()  # its texts are prepared by `next`
             if (item := next(self.source, None)) is None:
                 self.open = False
                 return
-            query = _Query(*item, time.perf_counter())
+            query = _Query(*item, admitted)
             self.alive[query.lane, query.qid] = query
             self.ready.append(query)
 

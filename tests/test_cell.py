@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness import budget, costs, store
 from harness import cell as cells
-from harness import store
 from harness.cache import Cache
 from harness.data import load
 from harness.engines.fake import FakeEngine
@@ -231,7 +232,7 @@ def test_a_latency_run_measures_every_query_alone_and_a_cached_one_claims_nothin
     cache = Cache(None)
     for _ in range(2):  # the cache is never read
         latency = run(job, tmp_path / "r", cache=cache).record["efficiency"]["latency"]
-        assert latency["queries"] == 6
+        assert latency["queries"] == 8
         assert 0 < latency["median"] <= latency["p90"] <= latency["p99"]
     quality = make_job(folder)
     run(quality, tmp_path / "r", cache=cache)
@@ -239,3 +240,72 @@ def test_a_latency_run_measures_every_query_alone_and_a_cached_one_claims_nothin
     assert again["latency"] is None
     assert again["queries_per_second"] is None
     assert again["calls_from_cache"] == again["calls"]
+
+
+def test_a_latency_run_warms_up_first_and_answers_its_sample_once(
+    folder: Path, tmp_path: Path
+) -> None:
+    quality, engine = make_job(folder), FakeEngine(Registry().models["rank-r1-7b"])
+    expected = run(quality, tmp_path / "r").record["efficiency"]["calls"]
+    record = run(make_job(folder, protocol=Protocol("latency")), tmp_path / "r", engine).record
+    assert record["efficiency"]["calls"] == expected
+    assert len(engine.asked) == 2 * expected, "two queries to warm up with, and two that count"
+    assert record["efficiency"]["latency"]["rounds"] == record["efficiency"]["rounds"] / 2
+    stated = record["efficiency"]["latency"]
+    assert (stated["sample"], stated["warm_up"]) == (costs.SAMPLE, costs.WARM_UP)
+
+
+def test_a_latency_run_is_over_the_sample_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "SAMPLE", 1)
+    whole, sampled = make_job(folder), make_job(folder, protocol=Protocol("latency"))
+    assert len(whole.queries) == 2
+    record = run(sampled, tmp_path / "r").record
+    assert record["queries"] == record["efficiency"]["latency"]["queries"] == 1
+
+
+def test_what_a_run_spent_its_seconds_on_is_in_its_record(folder: Path, tmp_path: Path) -> None:
+    cache = Cache(None)
+    first = run(make_job(folder), tmp_path / "r", cache=cache).record["efficiency"]
+    parts = dict(first["breakdown"])
+    assert parts.pop("load") is None, "the fake engine loads nothing"
+    assert parts["prefill"] == pytest.approx(0.001 * first["calls"])
+    assert all(parts[name] > 0 for name in ("render", "tokenise", "wait", "parse", "cache"))
+    clocked = sum(parts[name] for name in ("render", "tokenise", "wait", "parse", "cache"))
+    assert clocked < first["wall_seconds"] + 0.001
+    again = run(make_job(folder), tmp_path / "r", cache=cache).record["efficiency"]
+    assert again["breakdown"]["decode"] == again["breakdown"]["wait"] == 0, "nothing was asked"
+    assert again["breakdown"]["cache"] > 0
+
+
+def test_the_budget_curve_ends_at_the_cells_own_measure_and_comes_from_its_trace(
+    folder: Path, tmp_path: Path
+) -> None:
+    job = make_job(folder)
+    result = run(job, tmp_path / "r")
+    points = result.record["budget"]
+    assert points[0]["calls"] == points[0]["tokens"] == 0
+    assert points[-1]["nDCG@10"] == pytest.approx(result.measures["nDCG@10"])
+    assert points[-1]["calls"] == result.record["efficiency"]["calls"] / 2
+    asks = partial(job.method.flow, **job.options)
+    stored = list(store.read_trace(result.folder))
+    known = job.queries, stored, job.collection.qrels, "nDCG@10"
+    assert list(budget.curve(asks, "label", *known)) == points
+    assert run(make_job(folder, "random"), tmp_path / "r").record["budget"] == []
+
+
+def test_operations_are_counted_for_a_known_shape_or_one_that_the_engine_tells(
+    folder: Path, tmp_path: Path
+) -> None:
+    spec = Registry().models["rank-r1-7b"]
+    known = run(make_job(folder, spec), tmp_path / "r").record["efficiency"]
+    assert known["flops"] > known["flops_published"] > 0
+    unknown = replace(spec, base="someone/unheard-of")
+    assert run(make_job(folder, unknown), tmp_path / "r").record["efficiency"]["flops"] is None
+    config = {
+        "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 12,
+        "num_attention_heads": 4, "vocab_size": 50,
+    }  # fmt: skip
+    told = FakeEngine(unknown, facts={"config": config})
+    assert run(make_job(folder, unknown), tmp_path / "r", told).record["efficiency"]["flops"] > 0

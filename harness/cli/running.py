@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import wraps
+from functools import partial, wraps
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,6 +84,12 @@ class Matrix:
     tokenizer: Annotated[str, typer.Option(help="http: folder or hub id to count tokens with.")] = (
         ""
     )
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="GPUs to plan for [default: h200,h100,a100].")
+    ] = None
+    max_gpu_hours: Annotated[
+        float | None, typer.Option(min=0, help="Refuse what is estimated to need more.")
+    ] = None
     results: Results = RESULTS
     cache: CacheFile = None
     registry: RegistryDir = None
@@ -102,18 +110,20 @@ class Matrix:
         )
         return plan.from_suite(self.suite, selection) if self.suite else selection
 
-    def open_cache(self) -> Any:
+    def open_cache(self, *, make: bool = True) -> Any:
         from harness.cache import Cache
 
-        return Cache(self.cache or self.results / ".cache.sqlite")
+        path = self.cache or self.results / ".cache.sqlite"
+        return Cache(path if make or path.exists() else None)
 
 
-def _with_matrix(function: Callable[..., None]) -> Callable[..., None]:
+def with_matrix(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command Matrix's flags; the function receives them as one value."""
 
     @wraps(function)
     def command(**flags: Any) -> None:
         own = {field.name: flags.pop(field.name) for field in fields(Matrix)}
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch systems send
         try:
             function(Matrix(**own), **flags)
         except KeyboardInterrupt:
@@ -132,7 +142,7 @@ def _with_matrix(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @app.command()
-@_with_matrix
+@with_matrix
 def run(
     matrix: Matrix,
     *,
@@ -142,7 +152,7 @@ def run(
 ) -> None:
     """Run every model on every dataset; finished cells are skipped by their key."""
     check_format(format, ("text", "json"))
-    done = _run_matrix(matrix, force, quiet)
+    done = run_matrix(matrix, force, quiet)
     if format == "json":
         print(json.dumps([dict(cell.record) for cell in done.results], ensure_ascii=False))
     elif done.results:
@@ -155,35 +165,51 @@ def run(
 
 
 @app.command()
-@_with_matrix
+@with_matrix
 def plan(matrix: Matrix, *, format: Format = "text") -> None:
-    """Say what would run: cells, calls, rounds, tokens, and what the cache already answers."""
-    from harness import plan as planning
+    """Say what would run: cells, calls, tokens, GPU-hours, and what the cache already answers."""
+    from harness import forecast
 
     check_format(format, ("text", "json"))
-    selection, registry = matrix.selection(), open_registry(matrix.registry)
-    loader, cache = planning.Loader(registry), matrix.open_cache()
+    cache = matrix.open_cache(make=False)
     try:
-        jobs = [
-            loader.job(c, selection.first_stage) for c in planning.cells_of(registry, selection)
-        ]
-        rows = [planning.estimate(job, cache, matrix.results, selection.serving) for job in jobs]
+        rows = _forecast(matrix, cache)
     finally:
         cache.close()
-    print_rows(rows, format)
+    total = forecast.total(rows)
+    if format == "json":
+        print(json.dumps({"cells": rows, "total": total}, ensure_ascii=False, indent=1))
+    else:
+        print_rows([*rows, total], format)
+    if matrix.max_gpu_hours is not None:
+        forecast.check(rows, matrix.max_gpu_hours)
 
 
-def _run_matrix(matrix: Matrix, force: bool, quiet: bool) -> Any:
-    """Run the cells; one that fails is reported and does not stop the others."""
-    from harness import matrix as matrices
+def _forecast(matrix: Matrix, cache: Any) -> list[dict[str, Any]]:
+    """A row for every cell of the matrix."""
     from harness import plan
+    from harness.forecast import GPUS, Forecaster
+
+    selection, registry = matrix.selection(), open_registry(matrix.registry)
+    gpus = tuple(name.lower() for name in split(matrix.gpu)) or GPUS
+    forecaster = Forecaster(cache, matrix.results, selection.serving, gpus)
+    loader, cells = plan.Loader(registry), plan.cells_of(registry, selection)
+    return [forecaster.row(loader.job(cell, selection.first_stage)) for cell in cells]
+
+
+def run_matrix(matrix: Matrix, force: bool, quiet: bool) -> Any:
+    """Run the cells; one that fails is reported and does not stop the others."""
+    from harness import forecast, plan, store
+    from harness import matrix as matrices
 
     selection, registry = matrix.selection(), open_registry(matrix.registry)
     loader, cells = plan.Loader(registry), plan.cells_of(registry, selection)
     lost: list[tuple[Any, HarnessError]] = []
     cache = matrix.open_cache()
     try:
-        with _progress(len(cells), quiet) as show:
+        if matrix.max_gpu_hours is not None:
+            forecast.check(_forecast(matrix, cache), matrix.max_gpu_hours)
+        with _progress(len(cells), quiet, _Notes(matrix.results)) as show:
             entries = []
             for number, cell in enumerate(cells, 1):
                 try:
@@ -196,6 +222,7 @@ def _run_matrix(matrix: Matrix, force: bool, quiet: bool) -> Any:
                 entries.append(matrices.Entry(job, plan.command(job.cell, selection), watcher))
             done = matrices.run(entries, cache, matrix.results, selection.serving, force=force)
     finally:
+        store.write_progress(matrix.results, [])
         cache.close()
     done.failures[:0] = lost
     return done
@@ -209,11 +236,31 @@ def _summary(done: Any) -> str:
     )
 
 
+class _Notes:
+    """The cells of this run and how far they are, where `harness serve` looks for them."""
+
+    def __init__(self, results: Path) -> None:
+        self.results, self.written = results, 0.0
+        self.cells: dict[str, dict[str, Any]] = {}
+
+    def note(self, cell: str, state: str, done: int = 0, total: int = 0, calls: int = 0) -> None:
+        """Every change of a state is written at once, the rest once a second."""
+        from harness import store
+
+        known, now = self.cells.get(cell, {}).get("state"), time.monotonic()
+        told = {"cell": cell, "state": state, "done": done, "total": total, "calls": calls}
+        self.cells[cell] = told
+        if state != known or now > self.written + 1:
+            store.write_progress(self.results, list(self.cells.values()))
+            self.written = now
+
+
 @dataclass
 class _Shown:
     """The progress of one cell as plain lines, for logs and CI."""
 
     head: str
+    note: Callable[..., None]
     quiet: bool = False
 
     def line(self, text: str) -> None:
@@ -221,18 +268,23 @@ class _Shown:
             print(f"{self.head}: {text}", file=sys.stderr, flush=True)
 
     def started(self) -> None:
+        self.note("running")
         self.line("started")
 
     def skipped(self) -> None:
+        self.note("complete")
         self.line("finished before")
 
     def failed(self, error: HarnessError) -> None:
+        self.note("failed")
         complain(f"{self.head.partition(' ')[2]}: {error}")
 
     def progress(self, done: int, total: int, calls: int) -> None:
         """Lines would flood a log; only a bar shows every query."""
+        self.note("running", done, total, calls)
 
     def finished(self, result: Any) -> None:
+        self.note("complete")
         name, value = next(iter(result.measures.items()))
         self.line(f"{name} {value:.4f}")
 
@@ -248,9 +300,11 @@ class _Bar(_Shown):
         self.bars.console.print(f"{self.head}: {text}", markup=False, highlight=False)
 
     def started(self) -> None:
+        self.note("running")
         self.task = self.bars.add_task(self.head, total=None, calls=0)
 
     def progress(self, done: int, total: int, calls: int) -> None:
+        super().progress(done, total, calls)
         self.bars.update(self.task, completed=done, total=total, calls=calls)
 
     def finished(self, result: Any) -> None:
@@ -262,17 +316,19 @@ class _Bar(_Shown):
 class _Progress:
     total: int
     quiet: bool
+    notes: _Notes
     bars: Any = None
 
     def of(self, number: int, cell: Any) -> _Shown:
-        head = f"[{number}/{self.total}] {cell}"
-        return _Bar(head, bars=self.bars) if self.bars else _Shown(head, self.quiet)
+        head, note = f"[{number}/{self.total}] {cell}", partial(self.notes.note, str(cell))
+        note("planned")
+        return _Bar(head, note, bars=self.bars) if self.bars else _Shown(head, note, self.quiet)
 
 
 @contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[_Progress]:
+def _progress(total: int, quiet: bool, notes: _Notes) -> Iterator[_Progress]:
     if quiet or not sys.stderr.isatty():
-        yield _Progress(total, quiet)
+        yield _Progress(total, quiet, notes)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -282,4 +338,4 @@ def _progress(total: int, quiet: bool) -> Iterator[_Progress]:
         TextColumn("queries, {task.fields[calls]} calls"), TimeElapsedColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        yield _Progress(total, quiet, bars)
+        yield _Progress(total, quiet, notes, bars)
