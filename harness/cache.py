@@ -5,6 +5,9 @@ Owns what "the same call" means. It must not know queries, methods or datasets.
 The key is SHA-256 over the engine's fingerprint (model, adapter, weights, dtype, sampling), the
 rendered request and the replicate number; not in it: engine version, GPU, concurrency and prefix
 caching, which are recorded elsewhere. Several processes may share one file (WAL).
+
+    calls    key -> completion, its checksum, and when it was stored
+    origins  what keys are made of besides texts, each once, so that a miss can be explained
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +28,51 @@ from harness.types import Completion, DataError, Request, digest
 
 SCHEMA = 1
 _MOST_KEYS = 500  # SQLite allows 999 parameters in old builds
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS calls"
+    "(key BLOB NOT NULL, value TEXT NOT NULL, crc INTEGER NOT NULL, stored REAL NOT NULL)",
+    # With random keys a rowid table and a unique index beat WITHOUT ROWID threefold.
+    "CREATE UNIQUE INDEX IF NOT EXISTS by_key ON calls(key)",
+    f"PRAGMA user_version={SCHEMA}",
+    "CREATE TABLE IF NOT EXISTS origins(settings TEXT PRIMARY KEY)",  # absent from older files
+)
+# The key comes from the row itself: a damaged index may lead to the row of another call.
+_FIND = (
+    "SELECT key, value, crc FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE key IN (%s))"
+)
+
+
+class Key(bytes):
+    """32 bytes that compare as such; `origin` tells what they were made of besides texts."""
+
+    origin = ""
 
 
 class Identity:
     """Computes the key of any request to one engine; the fingerprint is hashed once."""
 
     def __init__(self, fingerprint: Mapping[str, Any], replicate: int = 0) -> None:
-        self._base = hashlib.sha256(digest(dict(fingerprint) | {"replicate": replicate}).encode())
+        self._fingerprint = dict(fingerprint) | {"replicate": replicate}
+        self._base = hashlib.sha256(digest(self._fingerprint).encode())
+        self._origins: dict[str, str] = {}
 
-    def key(self, request: Request) -> bytes:
-        """32 bytes over everything in the request that reaches the engine."""
+    def key(self, request: Request) -> Key:
+        """Over everything in the request that reaches the engine."""
         state = self._base.copy()
         state.update(_canonical(request).encode("utf-8", "surrogatepass"))
-        return state.digest()
+        key = Key(state.digest())
+        key.origin = self.origin(request)
+        return key
+
+    def origin(self, request: Request) -> str:
+        """Fingerprint, replicate and settings as a JSON object, for `Cache.nearest`."""
+        settings = [getattr(request, name) for name in _SETTINGS]
+        if (seen := repr(settings)) not in self._origins:
+            self._origins[seen] = json.dumps(self._fingerprint | dict(zip(_SETTINGS, settings)))
+        return self._origins[seen]
+
+
+_SETTINGS = ("prefill", "bos", "max_tokens", "exact_length_of", "stop", "labels")
 
 
 def _canonical(request: Request) -> str:
@@ -56,51 +92,69 @@ def _canonical(request: Request) -> str:
 class Cache:
     """A store of completions. `path=None` keeps them in memory for the life of the object.
 
-    Raises DataError for a file that is no cache or was written by a newer version. A damaged row
-    is a miss with a warning: its checksum does not hold, and the new answer replaces it.
+    Raises DataError for a file that is no cache, was written by a newer version or is damaged
+    beyond reading. A damaged row is a miss with a warning: its checksum does not hold, and the
+    new answer replaces it.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        try:
+        self._origins: set[str] = set()
+        with self._doing("cannot be used as a call cache"):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._create()
-        except (sqlite3.Error, OSError) as error:
-            raise DataError(f"cannot be used as a call cache: {error}", path=path or "") from error
+            self._db.text_factory = bytes  # damaged text need not be UTF-8
+            try:
+                self._create()
+            except BaseException:
+                self._db.close()
+                raise
+
+    @contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError, ValueError) as error:
+            raise DataError(f"{what}: {error}", path=self.path or "") from error
 
     def _create(self) -> None:
+        """Make the tables that are missing; a file that is not ours stays untouched."""
+        found = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
+        if found and b"calls" not in found:
+            raise DataError("is a database of another program", path=self.path or "")
         [version] = self._db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA:
-            raise DataError(
-                f"was written by a newer version (schema {version}, this one reads {SCHEMA})",
-                path=self.path or "",
-            )
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS calls"
-            "(key BLOB NOT NULL, value TEXT NOT NULL, crc INTEGER NOT NULL, stored REAL NOT NULL)"
-        )
-        # With random keys a rowid table and a unique index beat WITHOUT ROWID threefold.
-        self._db.execute("CREATE UNIQUE INDEX IF NOT EXISTS by_key ON calls(key)")
-        self._db.execute(f"PRAGMA user_version={SCHEMA}")
+            what = f"was written by a newer version (schema {version}, this one reads {SCHEMA})"
+            raise DataError(what, path=self.path or "")
+        self._log_ahead()
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        for statement in _TABLES if b"origins" not in found else ():
+            self._db.execute(statement)
+
+    def _log_ahead(self) -> None:
+        for left in range(100, -1, -1):
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:  # here SQLite does not wait for others
+                if not left or "locked" not in str(error):
+                    raise
+                time.sleep(0.05)
 
     def get_many(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
         """The stored completions among the keys."""
         found: dict[bytes, Completion] = {}
         for start in range(0, len(keys), _MOST_KEYS):
             part = keys[start : start + _MOST_KEYS]
-            marks = ",".join("?" * len(part))
-            sql = f"SELECT key, value, crc FROM calls WHERE key IN ({marks})"
             try:
-                rows = self._db.execute(sql, part).fetchall()
+                rows = self._db.execute(_FIND % ",".join("?" * len(part)), part).fetchall()
             except sqlite3.DatabaseError as error:
                 warnings.warn(f"{self.path}: unreadable, asking again: {error}", stacklevel=2)
                 continue
+            asked = set(part)
             for key, value, crc in rows:
-                if (completion := _decode(value, crc)) is None:
+                if key not in asked or (completion := _decode(value, crc)) is None:
                     warnings.warn(
                         f"{self.path}: damaged row {key.hex()[:12]}, asked again", stacklevel=2
                     )
@@ -110,50 +164,94 @@ class Cache:
 
     def put_many(self, items: Iterable[tuple[bytes, Completion]]) -> None:
         """Store and commit. The first answer to a key stays, unless its row is damaged."""
-        rows = []
-        for key, completion in items:
-            value = json.dumps(asdict(completion), ensure_ascii=True, separators=(",", ":"))
-            rows.append((key, value, _crc(value), time.time()))
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            for row in rows:
-                old = self._db.execute("SELECT value, crc FROM calls WHERE key=?", row[:1])
-                stored = old.fetchone()
-                if stored is None or _decode(*stored) is None:
-                    self._db.execute("INSERT OR REPLACE INTO calls VALUES (?,?,?,?)", row)
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise DataError(f"cannot store answers: {error}", path=self.path or "") from error
+        kept = list(items)
+        told = {key.origin for key, _ in kept if isinstance(key, Key)} - self._origins
+        with self._doing("cannot store answers"):
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                for key, completion in kept:
+                    old = self._db.execute(_FIND % "?", (key,)).fetchone()
+                    if old is None or old[0] != key or _decode(*old[1:]) is None:
+                        value = json.dumps(asdict(completion), separators=(",", ":"))
+                        row = (key, value, _crc(value), time.time())
+                        self._db.execute("INSERT OR REPLACE INTO calls VALUES (?,?,?,?)", row)
+                self._tell(told)
+                self._db.execute("COMMIT")
+                self._origins |= told
+            except BaseException as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                if isinstance(error, KeyboardInterrupt):  # what is paid for is kept
+                    self.put_many(kept)
+                raise
+
+    def _tell(self, origins: Iterable[str]) -> None:
+        rows = [(origin,) for origin in origins]
+        self._db.executemany("INSERT OR IGNORE INTO origins VALUES (?)", rows)
 
     def count(self) -> int:
-        return int(self._db.execute("SELECT COUNT(*) FROM calls").fetchone()[0])
+        with self._doing("cannot be read"):
+            return int(self._db.execute("SELECT COUNT(*) FROM calls").fetchone()[0])
 
     def rows(self) -> Iterator[tuple[bytes, Completion | None]]:
         """Every row in storage order; None for a damaged one."""
-        for key, value, crc in self._db.execute("SELECT key, value, crc FROM calls ORDER BY rowid"):
-            yield key, _decode(value, crc)
+        sql = "SELECT key, value, crc FROM calls ORDER BY rowid"
+        with self._doing("cannot be read"):
+            for key, value, crc in self._db.execute(sql):
+                yield key, _decode(value, crc)
+
+    def origins(self) -> list[str]:
+        with self._doing("cannot be read"):
+            found = self._db.execute("SELECT settings FROM origins ORDER BY rowid").fetchall()
+        return [settings.decode("utf-8", "replace") for (settings,) in found]
+
+    def fault(self) -> str:
+        """What SQLite finds wrong with the file; empty when it is sound."""
+        with self._doing("cannot be read"):
+            [(said,)] = self._db.execute("PRAGMA integrity_check(1)").fetchall()
+        return "" if said == b"ok" else str(said, "utf-8", "replace")
 
     def merge(self, other: Cache) -> int:
         """Take over every sound row of another cache; returns how many were new."""
-        before = self.count()
-        batch: list[tuple[bytes, Completion]] = []
-        for key, completion in other.rows():
-            if completion is not None:
-                batch.append((key, completion))
-            if len(batch) >= 2000:
-                self.put_many(batch)
-                batch = []
-        self.put_many(batch)
+        before, part = self.count(), list[tuple[bytes, Completion]]()
+        try:
+            for key, completion in other.rows():
+                part += [(key, completion)] if completion else []
+                if len(part) >= 2000:
+                    self.put_many(part)
+                    part.clear()
+        finally:  # what precedes damage beyond reading is kept
+            self.put_many(part)
+        self._tell(other.origins())
         return self.count() - before
+
+    def nearest(self, identity: Identity, request: Request) -> str:
+        """The first field in which the nearest stored call differs, asked and stored.
+
+        Nearest is a call with the same texts, then one with few other differences.
+        """
+        asked, ranks = json.loads(identity.origin(request)), []
+        with self._doing("cannot be read"):
+            origins = [json.loads(origin) for origin in self.origins()]
+        for stored in origins:
+            settings = {name: stored[name] for name in _SETTINGS}
+            own = {name: value for name, value in stored.items() if name not in settings}
+            key = Identity(own, own["replicate"]).key(replace(request, **settings))
+            names = [n for n in asked | stored if asked.get(n) != stored.get(n)]
+            ranks.append((not self.get_many([key]), len(names), names, stored))
+        if not ranks:
+            return "no stored call tells what it was"
+        *_, names, stored = min(ranks, key=lambda rank: rank[:2])
+        for name in names:
+            return f"{name}: {asked.get(name)!r} asked, {stored.get(name)!r} stored"
+        return "the texts: no stored call shows them"
 
     def close(self) -> None:
         self._db.close()
 
 
-def _crc(value: str) -> int:
-    return zlib.crc32(value.encode("utf-8", "surrogatepass"))
+def _crc(text: str) -> int:
+    return zlib.crc32(text.encode("utf-8", "surrogatepass"))
 
 
 _FIELDS = {f.name for f in fields(Completion)}
@@ -161,10 +259,10 @@ _FIELDS = {f.name for f in fields(Completion)}
 
 def _decode(value: Any, crc: Any) -> Completion | None:
     """The completion of a row, or None when the row is not what was written."""
-    if not isinstance(value, str) or _crc(value) != crc:
+    if not isinstance(value, bytes) or zlib.crc32(value) != crc:
         return None
     try:
-        row = json.loads(value)
+        row = json.loads(str(value, "ascii"))
     except ValueError:
         return None
     if not isinstance(row, dict) or not row.keys() <= _FIELDS:

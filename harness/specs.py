@@ -14,7 +14,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,21 +113,24 @@ class Registry:
             return [self.models[n] for n in found]
         return [self._named(self.models, pattern, "model")]
 
-    def find_datasets(self, pattern: str) -> list[DatasetSpec]:
-        """A name in any spelling, a suite of datasets, or a glob over the names."""
+    def find_datasets(self, pattern: str, _within: tuple[str, ...] = ()) -> list[DatasetSpec]:
+        """A name in any spelling, a suite of datasets, or a glob over names (else aliases)."""
         if pattern in self.suites and "datasets" in self.suites[pattern]:
+            path = (*_within, pattern)
+            if pattern in _within:
+                raise RegistryError(f"suite {pattern!r} holds itself: {' > '.join(path)}")
             names: list[str] = self.suites[pattern]["datasets"]
-            return [spec for name in names for spec in self.find_datasets(name)]
+            return [spec for name in names for spec in self.find_datasets(name, path)]
+        specs = list(self.datasets.values())
         if any(c in pattern for c in "*?["):
-            found = fnmatch.filter(self.datasets, pattern)
-            if not found:
-                raise RegistryError(f"no dataset matches {pattern!r}")
-            return [self.datasets[n] for n in found]
-        wanted = canonical(pattern)
-        for spec in self.datasets.values():
-            if wanted in {canonical(n) for n in (spec.name, *spec.aliases)}:
-                return [spec]
-        known = [n for s in self.datasets.values() for n in (s.name, *s.aliases)] + [*self.suites]
+            found = _matching(pattern, specs, lambda s: (s.name, s.index, s.topics))
+            found = found or _matching(pattern, specs, lambda s: (s.irds, *s.aliases))
+        else:
+            wanted = canonical(pattern)
+            found = [s for s in specs if wanted in {canonical(n) for n in (s.name, *s.aliases)}]
+        if found:
+            return found
+        known = [n for s in specs for n in (s.name, *s.aliases)] + [*self.suites]
         raise RegistryError(f"unknown dataset {pattern!r}", known=known, given=pattern)
 
     def prompt(self, name: str) -> Prompt:
@@ -143,6 +146,18 @@ def canonical(name: str) -> str:
     """One spelling for all: lower case, hyphens and underscores alike, no BEIR version prefix."""
     text = name.lower().replace("_", "-").removeprefix("beir-v1.0.0-").removesuffix(".flat")
     return text.removesuffix("-flat").removesuffix("-test").replace("bright-", "bright/", 1)
+
+
+def _matching(
+    pattern: str, specs: Iterable[DatasetSpec], names: Callable[[DatasetSpec], Iterable[str]]
+) -> list[DatasetSpec]:
+    """Those with a name that the glob matches; hyphens and underscores, upper and lower alike."""
+    plain = pattern.lower().replace("_", "-")
+    return [
+        s
+        for s in specs
+        if any(fnmatch.fnmatchcase(n.lower().replace("_", "-"), plain) for n in names(s))
+    ]
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -172,7 +187,7 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     """A dataclass from a TOML table: unknown keys and wrong types are errors with the key."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     check_keys(table, [f.name for f in dataclasses.fields(cls)], where)  # type: ignore[arg-type]
     turns = table.get("messages", ())
@@ -182,11 +197,19 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     if isinstance(table.get("limits"), dict):
         check_keys(table["limits"], [f.name for f in dataclasses.fields(Limits)], f"{where}.limits")
     try:
-        return TypeAdapter(cls).validate_python(table)
+        return _validator(cls).validate_python(table)  # type: ignore[arg-type, no-any-return]
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise RegistryError(f"key {key!r}: {first['msg']}", where=where) from error
+
+
+@lru_cache(maxsize=64)
+def _validator(kind: Any) -> Any:
+    """Making one costs more than a hundred validations."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def check_keys(table: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -289,3 +312,9 @@ def limits_for(spec: ModelSpec, prompt: Prompt) -> Limits:
     where = f"model {spec.name}: limits"
     check_keys(spec.limits, known, where)
     return build(Limits, {**known, **spec.limits}, where)
+
+
+def in_domain(trained_on: Iterable[str], dataset: str, family: str) -> bool:
+    """Did a model train on this collection's own queries? TREC DL stands on MS MARCO."""
+    trained = {name.split(":")[0] for name in trained_on}
+    return dataset in trained or (family == "dl" and "msmarco-passage" in trained)

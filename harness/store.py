@@ -40,45 +40,70 @@ class Files:
 def write(results: Path, cell: Cell, files: Files) -> Path:
     """Write into a temporary folder beside the place, then rename; returns the cell's folder."""
     folder = results / cell.folder
-    work = _workspace(folder)
+    texts = {
+        "run.trec": files.run,
+        "run.trec.ir_metadata.yml": ir_metadata(files.record),
+        "per_query.csv": table(files.per_query),
+    }
     try:
-        (work / "run.trec").write_text(files.run, encoding="utf-8", newline="\n")
-        (work / "run.trec.ir_metadata.yml").write_text(ir_metadata(files.record), encoding="utf-8")
-        (work / "per_query.csv").write_text(table(files.per_query), encoding="utf-8", newline="\n")
-        _write_trace(work / "trace.jsonl.gz", files.trace)
-        _write_record(work, files.record)
-        _swap(work, folder)
+        with _placing(folder) as work:
+            for name, text in texts.items():
+                (work / name).write_text(text, encoding="utf-8", newline="\n")
+            _write_trace(work / "trace.jsonl.gz", files.trace)
+            _write_record(work, files.record)
     except OSError as error:
         raise DataError(f"cannot write the cell: {error}", path=folder) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return folder
 
 
 def write_failure(results: Path, cell: Cell, record: Mapping[str, Any]) -> None:
     """Note a failed cell, unless a finished one is in its place."""
     folder = results / cell.folder
-    with contextlib.suppress(OSError, DataError):
+    with contextlib.suppress(OSError), _placing(folder) as work:
         if (folder / "run.trec").exists():
-            return
-        work = _workspace(folder)
+            raise FileExistsError(folder)
         _write_record(work, record)
-        _swap(work, folder)
 
 
-def _workspace(folder: Path) -> Path:
+@contextlib.contextmanager
+def _placing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when all went well."""
+    parent = folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    how: Any = {"prefix": ".writing-", "dir": parent, "ignore_cleanup_errors": True}
+    with _alone(parent), tempfile.TemporaryDirectory(**how) as work:
+        yield Path(work)
+        _swap(Path(work), folder)
+
+
+@contextlib.contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """Hold a folder of cells for this process; what a killed one left there is put right first."""
+    import fcntl
+
+    handle = os.open(parent, os.O_RDONLY)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".writing-{os.getpid()}-", dir=folder.parent))
-    except OSError as error:
-        raise DataError(f"cannot write there: {error}", path=folder) from error
-    work.chmod(0o755)
-    return work
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            _tidy(parent)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _tidy(parent: Path) -> None:
+    """A cell that was moved away comes back unless its place is taken; half-written ones go."""
+    for old in parent.glob(".old-*"):
+        with contextlib.suppress(OSError):
+            old.rename(parent / old.name.removeprefix(".old-"))
+    for left in (*parent.glob(".old-*"), *parent.glob(".writing-*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _write_record(work: Path, record: Mapping[str, Any]) -> None:
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    (work / "result.json").write_text(text, encoding="utf-8", newline="\n")
+    # What stands for a byte of a path that is not UTF-8 becomes JSON's own escape of it.
+    (work / "result.json").write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def _write_trace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -89,12 +114,17 @@ def _write_trace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _swap(work: Path, folder: Path) -> None:
-    """Put the finished folder in its place. Killed in between, the cell is absent, never half."""
-    old = folder.with_name(f".old-{os.getpid()}-{folder.name}")
+    """Put the finished folder in its place. Killed in between, the old cell is found again."""
+    old = folder.with_name(f".old-{folder.name}")
+    work.chmod(0o755)
     with contextlib.suppress(FileNotFoundError):
         folder.rename(old)
-    with contextlib.suppress(OSError):  # another process put its equal folder there first
+    try:
         work.rename(folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -110,21 +140,31 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def read(folder: Path) -> CellResult | None:
     """The cell in a folder, None when there is none. Raises DataError for a damaged one."""
+    try:
+        with _alone(folder.parent):
+            return _read(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise DataError(f"cannot be read: {error}", path=folder) from error
+
+
+def _read(folder: Path) -> CellResult | None:
     path = folder / "result.json"
     if not path.is_file():
         return None
+    per_query, rows = [], folder / "per_query.csv"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        version = record["schema_version"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        newer = record["schema_version"] > SCHEMA_VERSION
+        if rows.is_file() and not newer:
+            with rows.open(encoding="utf-8", newline="") as file:
+                per_query = [_typed(row) for row in csv.DictReader(file)]
+    except (ValueError, LookupError, TypeError, RecursionError, OSError, csv.Error) as error:
         raise DataError(f"is no cell record: {error}", path=path) from error
-    if version > SCHEMA_VERSION:
+    if newer:
+        version = record["schema_version"]
         raise DataError(f"schema_version {version} is newer than {SCHEMA_VERSION}", path=path)
-    per_query: list[dict[str, Any]] = []
-    rows = folder / "per_query.csv"
-    if rows.is_file():
-        with rows.open(encoding="utf-8", newline="") as file:
-            per_query = [_typed(row) for row in csv.DictReader(file)]
     return CellResult(record, tuple(per_query), folder)
 
 
@@ -171,6 +211,36 @@ def read_trace(folder: Path) -> Iterator[dict[str, Any]]:
         with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
             for line in file:
                 yield json.loads(line)
+
+
+# --- a run that is going ----------------------------------------------------------------------
+
+
+def write_progress(results: Path, cells: Sequence[Mapping[str, Any]]) -> None:
+    """Tell who watches the folder what this process is at; no cells: it has ended.
+
+    One mapping a cell: "cell" (its folder), "state" (planned, running, complete, failed), and of a
+    running one "done" and "total" queries and "calls".
+    """
+    path = results / f".running-{os.getpid()}.json"
+    with contextlib.suppress(OSError):  # nobody's result depends on being watched
+        if not cells:
+            path.unlink(missing_ok=True)
+            return
+        results.mkdir(parents=True, exist_ok=True)
+        work = path.with_suffix(".new")
+        work.write_text(json.dumps(list(cells)), encoding="utf-8")
+        work.replace(path)
+
+
+def read_progress(results: Path) -> list[dict[str, Any]]:
+    """The cells of every run of this machine that is going; what a killed one left counts not."""
+    cells: list[dict[str, Any]] = []
+    for path in sorted(results.glob(".running-*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(path.stem.rpartition("-")[2]), 0)
+            cells += json.loads(path.read_text(encoding="utf-8"))
+    return cells
 
 
 def ir_metadata(record: Mapping[str, Any]) -> str:

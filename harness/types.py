@@ -237,6 +237,7 @@ class Serving:
     deterministic   answers may not depend on what else is in the batch
     base_url        http: the endpoint, without credentials      served_model   its model's name
     tokenizer       http: a folder or hub id whose tokens clip passages
+    connections     http: most calls in flight; 0 leaves it to the engine
     """
 
     prefix_caching: bool = True
@@ -244,6 +245,7 @@ class Serving:
     base_url: str = ""
     served_model: str = ""
     tokenizer: str = ""
+    connections: int = 0
 
 
 Flow = Generator[list[Request], list[Completion], Ranking]
@@ -361,7 +363,9 @@ class DatasetSpec:
     location   folder or request file; irds, index, topics: ids in ir_datasets and pyserini
     short      column head in tables, as in the papers       grades   qrels levels, e.g. "0-3"
     queries, documents   counts as published; None when not known
+    titles     documents have a title beside their text
     excludes   some queries have documents that must leave the candidates before reranking
+    judged_by  the file of judgements that was given in place of the collection's own
     show_text  the collection's licence allows its passages to be republished in a page
     """
 
@@ -384,7 +388,9 @@ class DatasetSpec:
     queries: int | None = None
     documents: int | None = None
     grades: str = ""
+    titles: bool = False
     excludes: bool = False
+    judged_by: str = ""
     show_text: bool = False
     paper: str = ""
     note: str = ""
@@ -443,7 +449,9 @@ class Cell:
 
     @property
     def dataset_name(self) -> str:
-        return self.dataset.name + (f"+limit={self.limit}" if self.limit is not None else "")
+        judged = f"+qrels={self.dataset.judged_by}" if self.dataset.judged_by else ""
+        limit = f"+limit={self.limit}" if self.limit is not None else ""
+        return self.dataset.name + judged + limit
 
     @property
     def first_stage_name(self) -> str:
@@ -455,15 +463,18 @@ class Cell:
     def folder(self) -> Path:
         """dataset / first stage / model, each made safe as one path component."""
         parts = (self.dataset_name, self.first_stage_name, self.model_name)
-        return Path(*(_component(part) for part in parts))
+        return Path(*(component(part) for part in parts))
 
     def __str__(self) -> str:
         return f"{self.dataset_name} / {self.first_stage_name} / {self.model_name}"
 
 
-def _component(name: str) -> str:
-    safe = "".join(c if c.isalnum() or c in "-_.+=@," else "_" for c in name)
-    return safe.lstrip(".") or "_"
+def component(name: str) -> str:
+    """Any text as the name of one file; a long one (file systems take 255 bytes) ends in a hash."""
+    safe = "".join(c if c.isalnum() or c in "-_.+=@," else "_" for c in name).lstrip(".") or "_"
+    if len(safe.encode()) <= 200:
+        return safe
+    return f"{safe.encode()[:180].decode(errors='ignore')}-{digest(name)[:12]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_page import HOSTILE, TEXTS, toy_board, write_cell
+from test_page import DOCIDS, HOSTILE, PASSAGES, TEXTS, figure, toy_board, write_cell
+from test_serving import Server
 
-from harness.report import page
+from harness import store
+from harness.prompts import Limits, Prompt, prepare
+from harness.report import page, shards
+from harness.specs import Registry
+from harness.types import Candidate, Query
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -109,6 +116,7 @@ def reader(browser: Any, board: Path, tmp_path: Path) -> Iterator[Reader]:
     yield someone
     assert browser.get_log("browser") == []
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def names(reader: Reader) -> list[str]:
@@ -159,6 +167,19 @@ def test_filters_narrow_rows_and_columns_and_live_in_the_address(reader: Reader)
     assert reader.find("#nothing").is_displayed()
     reader.click("button[type=reset]")
     assert len(names(reader)) == 3
+
+
+@pytest.mark.parametrize(
+    ("address", "left"),
+    [
+        ("#fs=bm25", 3), ("#method=setwise", 3), ("#method=listwise", 0), ("#size=4-10", 3),
+        ("#size=40-", 0), ("#train=in", 3), ("#kind=measured", 3), ("#kind=published", 0),
+    ],
+)  # fmt: skip
+def test_every_filter_keeps_what_it_says(reader: Reader, address: str, left: int) -> None:
+    reader.open(address)
+    assert len(names(reader)) == left
+    assert reader.find("#count").text == f"{left} of 3 rows"
 
 
 def test_addresses_that_name_nothing_break_nothing(reader: Reader) -> None:
@@ -313,3 +334,90 @@ def test_the_table_stands_without_scripts(browser: Any, board: Path) -> None:
         assert not browser.find_element("id", "filters").is_displayed()
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_published_rows_are_marked_filtered_and_say_where_they_stand_in_print(
+    reader: Reader, tmp_path: Path, scheme: str
+) -> None:
+    figures = [figure("As-printed", 71.5), figure("As-printed", 72.0, source="another table")]
+    out = tmp_path / "out"
+    page.render(toy_board(tmp_path / "r"), out, texts=TEXTS, published=figures)
+    reader.index = out / "index.html"
+    wanted = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    reader.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", wanted)
+    reader.open()
+    assert names(reader) == ["As-printed", "steady-7b", "evil"]
+    assert reader.texts(".base.kind") == ["published figures of rank-r1-7b"]
+    reader.shot(f"published-{scheme}")
+    reader.open("#kind=measured")
+    assert names(reader) == ["steady-7b", "evil"]
+    reader.open("#kind=published")
+    assert names(reader) == ["As-printed"]
+    assert reader.texts("#references .model") == []
+    reader.click("#models td.score a")
+    reader.wait(lambda: reader.texts("#detail tbody tr"))
+    assert reader.texts("#detail tbody tr") == ["71.5 Table 1 high", "72 another table high"]
+    assert "not measured here" in reader.texts("#detail .lead")[0]
+
+
+def test_every_wire_format_is_shown_as_it_is_asked(reader: Reader, tmp_path: Path) -> None:
+    prompts = {
+        name: replace(p, limits=Limits(), most=None) for name, p in Registry().prompts.items()
+    }
+    shown, out = [*PASSAGES, Candidate("d%203", "[7] says {query} & {text}.")], tmp_path / "out"
+    query = Query("q1", "why {docs} so blue?", tuple(shown), "toy")
+    cells = {
+        name: write_cell(tmp_path / "r", name, show_text=True, changed={"prompt": asdict(prompt)})
+        for name, prompt in prompts.items()
+    }
+    page.render(list(cells.values()), out, texts={"toy": {"q1": query}})
+    reader.index = out / "index.html"
+    for name, prompt in prompts.items():
+        reader.open(f"#view=query&query=q1&cell={shards.cell_name(cells[name])}")
+        reader.click("#detail summary", "Call 1")
+        reader.click("#detail summary", "The prompt as it was asked")
+        reader.wait(lambda: reader.texts("details.asked pre"))
+        found = reader.run(
+            "return [...document.querySelectorAll('details.asked pre')].map((e) => e.textContent)"
+        )
+        assert found == asked(prompt, query), name
+        if name == "rank-r1":
+            reader.shot("prompt")
+
+
+def asked(prompt: Prompt, query: Query) -> list[str]:
+    """What the harness sends: the turns or the text, the prefill and the scored continuation."""
+    ready = prepare(
+        query, prompt, prompt.limits, family="None", clip=lambda text, tokens: text,
+        raw_special_tokens=False, notes=Counter(),
+    )  # fmt: skip
+    by_id = {c.docid: c for c in ready.candidates}
+    request = prompt.render(ready, [by_id[docid] for docid in DOCIDS])
+    texts = [turn.content for turn in request.messages]
+    return [*texts, *filter(None, (request.text, request.prefill, request.continuation))]
+
+
+def test_a_served_page_follows_a_run(reader: Reader, tmp_path: Path) -> None:
+    write_cell(tmp_path, "first-1b")
+    server = Server(tmp_path)
+    try:
+        rows = [
+            {"cell": "toy/bm25/second-1b", "state": "running", "done": 2, "total": 3, "calls": 7},
+            {"cell": f"toy/bm25/{HOSTILE}", "state": "planned"},
+        ]
+        store.write_progress(tmp_path, rows)
+        reader.driver.get(f"http://{server.host}:{server.port}/#cost=no")
+        reader.wait(lambda: "2 of 3 queries, 7 calls" in "".join(reader.texts("#live tr")))
+        assert reader.texts("#live h2") == ["A run is going: 1 running, 1 planned"]
+        reader.shot("live")
+        write_cell(tmp_path, "second-1b", values=(1, 1, 1))
+        store.write_progress(tmp_path, [])
+        reader.wait(lambda: names(reader) == ["second-1b", "first-1b"])
+        reader.wait(lambda: not reader.texts("#live"))
+        assert reader.driver.current_url.endswith("#cost=no")
+    finally:
+        store.write_progress(tmp_path, [])
+        assert server.stop() == (0, "")
+    reader.wait(lambda: "the server has ended" in "".join(reader.texts("#live")).lower())
+    reader.driver.get_log("browser")  # the browser itself reports that nobody answers

@@ -15,19 +15,30 @@ import pytest
 pytest.importorskip("jinja2")
 
 from harness import store
+from harness.published import Published
 from harness.report import page, shards, tables
-from harness.types import CellResult
+from harness.types import Candidate, CellResult, Query
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>alert(2)//\u2028"
 QIDS = ("q1", "q2", "q3")
 DOCIDS = ("d1", "d 2", "d%203", "d4")
+PASSAGES = (
+    Candidate("d1", f"Light scatters. {HOSTILE}"),
+    Candidate("d 2", "The  sea.", title="Blue"),
+    Candidate("d4", "Paint."),
+)
 TEXTS = {
     "toy": {
-        "queries": {"q1": f"why is the sky blue {HOSTILE}", "q2": "two", "q3": "three"},
-        "documents": {"d1": f"Light scatters. {HOSTILE}", "d 2": "The sea.", "d4": "Paint."},
-        "qrels": {"q1": {"d1": 3, "d 2": 0}, "q2": {"d4": 1}, "q3": {}},
+        "q1": Query("q1", f"why is the sky blue {HOSTILE}", PASSAGES, "toy", {"d1": 3, "d 2": 0}),
+        "q2": Query("q2", "two", PASSAGES, "toy", {"d4": 1}),
+        "q3": Query("q3", "three", PASSAGES, "toy"),
     }
 }
+PROMPT = {
+    "name": "toy", "source": "a paper", "answer": "label", "passage": "[{n}] {text}",
+    "messages": [{"role": "user", "content": "Rank for {query}:\n{docs}", "each": False}],
+    "limits": {"unit": "words", "passage": 4, "max_tokens": 9},
+}  # fmt: skip
 
 
 def write_cell(
@@ -51,8 +62,7 @@ def write_cell(
         "model": {"label": model, "name": model, "method": method, "base": "org/base",
                   "revision": "main", "parameters": 7.6 if asked else None, "trained_on": ["toy"],
                   "options": {"num_child": 4}},
-        "prompt": {"name": "toy", "source": "a paper", "limits": {"passage": 512},
-                   "messages": [{"role": "user", "content": "Rank {passages}"}], "passage": "{text}"},
+        "prompt": PROMPT if asked else None,
         "dataset": {"label": "toy", "name": "toy", "sha256": "5e", "in_domain": asked, **dataset},
         "first_stage": {"name": "bm25", "sha256": "f1"}, "depth": 4, "limit": None,
         "protocol": {"kind": "quality"}, "queries": len(QIDS),
@@ -132,10 +142,11 @@ def test_hostile_text_comes_back_unchanged_from_the_data(tmp_path: Path) -> None
     [row] = [row for row in board["rows"] if row["model"].startswith("evil")]
     assert row["model"] == f"evil {HOSTILE}"
     calls = shard(written[f"data/{row['cells']['0']['id']}-0.js"])
-    assert calls["q1"][0][shards.CALL.index("text")] == f"{HOSTILE} so [2]"
+    assert calls["q1"]["calls"][0][shards.CALL.index("text")] == f"{HOSTILE} so [2]"
     data = board["groups"][0]["data"]
-    assert shard(written[f"data/{data}.js"])["queries"] == TEXTS["toy"]["queries"]
-    assert shard(written[f"data/{data}-0.js"])["q1"]["d1"].endswith(HOSTILE)
+    texts = {qid: query.text for qid, query in TEXTS["toy"].items()}
+    assert shard(written[f"data/{data}.js"])["queries"] == texts
+    assert shard(written[f"data/{data}-0.js"])["q1"]["d1"][1].endswith(HOSTILE)
 
 
 def test_only_the_page_s_own_script_may_run(tmp_path: Path) -> None:
@@ -193,7 +204,9 @@ def test_texts_of_calls_stay_out_of_the_index_and_are_cut_with_a_count(tmp_path:
     assert len(written["index.html"]) < 100_000
     assert "xxx" not in written["index.html"]
     name = embedded(written["index.html"])["rows"][0]["cells"]["0"]["id"]
-    call = dict(zip(shards.CALL, shard(written[f"data/{name}-0.js"])["q1"][0], strict=True))
+    call = dict(
+        zip(shards.CALL, shard(written[f"data/{name}-0.js"])["q1"]["calls"][0], strict=True)
+    )
     assert call["left_out"] == len(long) - shards.CUT
     assert call["text"].startswith("first")
     assert call["text"].endswith("last")
@@ -254,3 +267,68 @@ def test_large_traces_are_split_by_query(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_page_without_cells_says_so(tmp_path: Path) -> None:
     page.render([], tmp_path / "out")
     assert "No finished cells" in files(tmp_path / "out")["index.html"]
+
+
+def test_what_the_model_was_shown_stands_where_it_differs_from_the_text(tmp_path: Path) -> None:
+    cell = write_cell(tmp_path / "r", "m", show_text=True)
+    page.render([cell], tmp_path / "out", texts=TEXTS)
+    asked = shard(files(tmp_path / "out")[f"data/{shards.cell_name(cell)}-0.js"])["q2"]
+    assert asked["asked"] == "two"
+    assert asked["texts"] == {"d1": "Light scatters. </script><img src=x", "d 2": "Blue The sea."}
+
+
+def test_a_record_of_another_version_shows_no_rebuilt_prompt(tmp_path: Path) -> None:
+    cell = write_cell(tmp_path / "r", "m", show_text=True, changed={"prompt": {"nname": "toy"}})
+    page.render([cell], tmp_path / "out", texts=TEXTS)
+    content = shard(files(tmp_path / "out")[f"data/{shards.cell_name(cell)}-0.js"])
+    assert list(content["q1"]) == ["calls"]
+
+
+def figure(name: str, value: float, **changed: Any) -> Published:
+    known = {"model": "rank-r1-7b", "first_stage": "bm25+depth=4", "dataset": "toy"}
+    told = {"measure": "nDCG@10", "source": "Table 1", "confidence": "high"}
+    return Published(name_as_published=name, value=value, **(known | told | changed))
+
+
+def test_published_figures_are_rows_of_their_own_in_columns_that_were_measured(
+    tmp_path: Path,
+) -> None:
+    figures = [
+        figure("Rank-R1", 71.5), figure("Rank-R1", 72.0, source="Table 2"),
+        figure("Other", 99.0, model=""),
+        figure("deeper", 50.0, first_stage="bm25"), figure("elsewhere", 50.0, dataset="dl20"),
+        figure("AP", 50.0, measure="AP"),
+    ]  # fmt: skip
+    page.render([write_cell(tmp_path / "r", "m")], tmp_path / "out", published=figures)
+    index = files(tmp_path / "out")["index.html"]
+    rows = {row["model"]: row for row in embedded(index)["rows"]}
+    assert {name: row["kind"] for name, row in rows.items()} == {
+        "m": "measured", "Rank-R1": "published", "Other": "published",
+    }  # fmt: skip
+    cell = rows["Rank-R1"]["cells"]["0"]
+    assert (cell["value"], cell["most"]) == (0.715, 0.72)
+    assert [source for _, source, _ in cell["sources"]] == ["Table 1", "Table 2"]
+    assert rows["m"]["cells"]["0"]["mark"] == 1  # no published figure takes a mark
+    assert "71.5–72.0" in index
+
+
+def test_a_published_model_that_trained_on_the_collection_is_marked(tmp_path: Path) -> None:
+    cells = [write_cell(tmp_path / "r", "m", family="dl")]
+    page.render(cells, tmp_path / "out", published=[figure("Rank-R1", 71.5)])
+    rows = {row["model"]: row for row in embedded(files(tmp_path / "out")["index.html"])["rows"]}
+    assert rows["Rank-R1"]["cells"]["0"]["in_domain"]
+    assert (rows["Rank-R1"]["method"], rows["Rank-R1"]["parameters"]) == ("setwise.heapsort", 7.61)
+
+
+def test_a_part_of_the_queries_is_no_column_for_published_figures(tmp_path: Path) -> None:
+    cells = [write_cell(tmp_path / "r", "m", changed={"limit": 3})]
+    page.render(cells, tmp_path / "out", published=[figure("Rank-R1", 71.5)])
+    assert len(embedded(files(tmp_path / "out")["index.html"])["rows"]) == 1
+
+
+def test_latency_runs_have_a_column_of_their_own(tmp_path: Path) -> None:
+    timed = {"protocol": {"kind": "latency"}}
+    cells = [write_cell(tmp_path / "r", "m"), write_cell(tmp_path / "r", "m+l", changed=timed)]
+    page.render(cells, tmp_path / "out")
+    groups = embedded(files(tmp_path / "out")["index.html"])["groups"]
+    assert sorted(g["short"] for g in groups) == ["toy", "toy, latency runs"]

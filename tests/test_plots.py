@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +109,13 @@ def test_half_done_and_latency_cells_are_not_drawn(tmp_path: Path) -> None:
     assert plots.quality_against(cells, "calls", tmp_path) == []
 
 
+def test_floating_point_operations_are_a_cost_where_they_are_known(tmp_path: Path) -> None:
+    known = cell("a", values=[0.5, 0.7])
+    known.record["efficiency"]["flops"] = 3e12  # type: ignore[index]
+    [row] = rows_of(plots.quality_against([known, cell("b")], "flops", tmp_path))
+    assert (row["model"], float(row["flops_per_query"])) == ("a", 1.5e12)
+
+
 def test_the_heat_map_holds_the_gain_and_leaves_gaps_empty(tmp_path: Path) -> None:
     cells = [
         cell("first-stage", values=[0.5]), cell("first-stage", "dl20", [0.5]),
@@ -119,8 +129,44 @@ def test_the_heat_map_holds_the_gain_and_leaves_gaps_empty(tmp_path: Path) -> No
 def test_per_query_differences_are_sorted_and_named(tmp_path: Path) -> None:
     a, b = cell("a", values=[0.1, 0.9, 0.5]), cell("b", values=[0.5, 0.5, 0.5])
     paths = plots.per_query_bars(a, b, tmp_path)
-    assert paths[0].name == "per_query_dl19_a_minus_b.svg"
+    assert paths[0].name == "per_query_dl19_bm25_a_minus_b.svg"
     assert [row["qid"] for row in rows_of(paths)] == ["q1", "q2", "q0"]
+
+
+def reasoner(folder: Path, lengths: list[list[int]], limit: int = 10_000) -> CellResult:
+    """A cell whose n-th query thought as long as the n-th list says and gained 0.01 a query."""
+    values = [0.5 + 0.01 * i for i in range(len(lengths))]
+    made = cell("r", values=values)
+    made.record["efficiency"]["reasoning_tokens"] = sum(map(sum, lengths))  # type: ignore[index]
+    with gzip.open(folder / "trace.jsonl.gz", "wt") as file:
+        for i, tokens in enumerate(lengths):
+            for n in tokens:
+                finish = "length" if n >= limit else "stop"
+                call = {"qid": f"q{i}", "reasoning_tokens": min(n, limit), "finish": finish}
+                file.write(json.dumps(call) + "\n")
+    return replace(made, folder=folder)
+
+
+def test_the_length_of_reasoning_is_counted_and_set_against_the_gain(tmp_path: Path) -> None:
+    lengths = [[50 + 10 * i, 70 + 10 * i] for i in range(16)]
+    ours, first = reasoner(tmp_path, lengths, 200), cell("first-stage", values=[0.5] * 16)
+    paths = plots.reasoning_length(ours, first, tmp_path / "plots")
+    assert paths[0].name == "reasoning_dl19_bm25_r.svg"
+    rows = rows_of(paths)
+    calls = [row for row in rows if row["part"] == "calls"]
+    assert sum(float(row["calls"]) for row in calls) == 32
+    assert sum(float(row["cut_off"]) for row in calls) == sum(n >= 200 for q in lengths for n in q)
+    short, long = (row for row in rows if row["part"] == "queries")
+    assert (float(short["from"]), float(short["to"])) == (60, 130)
+    assert (float(short["gain"]), float(long["gain"])) == (pytest.approx(3.5), pytest.approx(11.5))
+    assert float(long["low"]) < 11.5 < float(long["high"])
+
+
+def test_a_cell_without_reasoning_has_no_such_figure(tmp_path: Path) -> None:
+    assert plots.reasoning_length(cell("m"), cell("first-stage"), tmp_path) == []
+    alike = reasoner(tmp_path, [[7], [7]])  # one length, and too few queries for two groups
+    [*_, data] = plots.reasoning_length(alike, cell("first-stage"), tmp_path / "plots")
+    assert data.is_file()
 
 
 def test_a_hostile_name_is_text_in_an_svg_and_safe_in_a_file_name(tmp_path: Path) -> None:
@@ -159,7 +205,7 @@ def test_the_index_shows_every_figure_and_links_only_what_exists(
 
 def test_machine_formats_alone_draw_nothing(cells: list[CellResult], tmp_path: Path) -> None:
     names = {path.name for path in build.write(cells, tmp_path, ("csv",))}
-    assert names == {"quality.csv", "efficiency.csv", "results_long.csv"}
+    assert names == {"quality.csv", "comparison.csv", "efficiency.csv", "results_long.csv"}
 
 
 def test_an_unknown_format_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:

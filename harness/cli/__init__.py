@@ -11,9 +11,12 @@ import sys
 from importlib import import_module
 
 from harness.cli.base import FLAG_ALIASES, app, complain
-from harness.types import HarnessError
+from harness.types import HarnessError, Interrupted
 
-for _module in ("running", "looking", "datasets", "reporting", "caching"):  # in the order of --help
+IN_ORDER = (  # of --help
+    "running", "looking", "datasets", "reporting", "papers", "gating", "auditing", "serving", "caching",
+)  # fmt: skip
+for _module in IN_ORDER:
     import_module(f"harness.cli.{_module}")
 
 
@@ -23,6 +26,9 @@ def main(args: list[str] | None = None) -> None:
         app(args=[_flag(a) for a in (sys.argv[1:] if args is None else args)])
     except HarnessError as error:
         complain(str(error))
+        if isinstance(error, Interrupted):  # an import interrupted half way would decide the code
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

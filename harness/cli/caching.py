@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shlex
+from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from harness.cli.base import RESULTS, app
+from harness.cli.base import RESULTS, app, open_registry
+from harness.cli.running import Matrix, with_matrix
 from harness.types import DataError, MissingResourceError
 
 cache_app = typer.Typer(help="Look after the call cache.", no_args_is_help=True)
@@ -22,18 +24,19 @@ CacheArgument = Annotated[Path, typer.Argument(help="A cache file.")]
 @cache_app.command("stats")
 def cache_stats(path: CacheArgument = RESULTS / ".cache.sqlite") -> None:
     """Count the stored answers."""
-    with _existing_cache(path) as cache:
+    with _existing(path) as cache:
         print(f"{path}: {cache.count()} answers, {path.stat().st_size / 1e6:.1f} MB")
 
 
 @cache_app.command("verify")
 def cache_verify(path: CacheArgument = RESULTS / ".cache.sqlite") -> None:
-    """Check every row's checksum; damaged rows are asked again when they are needed."""
-    with _existing_cache(path) as cache:
+    """Check the file and every row's checksum; damaged rows are asked again when needed."""
+    with _existing(path) as cache:
         bad = sum(completion is None for _, completion in cache.rows())
         print(f"{path}: {cache.count()} answers, {bad} damaged")
-    if bad:
-        raise DataError(f"{bad} damaged rows", path=path)
+        fault = f"{bad} damaged rows" if bad else cache.fault()
+    if fault:
+        raise DataError(f"{fault}; `cache merge NEW {path}` saves what is sound", path=path)
 
 
 @cache_app.command("merge")
@@ -41,14 +44,13 @@ def cache_merge(
     path: CacheArgument,
     others: Annotated[list[Path], typer.Argument(help="Caches to take answers from.")],
 ) -> None:
-    """Add the answers of other caches to one."""
+    """Add the sound answers of other caches to one, which is made if it is not there."""
     from harness.cache import Cache
 
-    cache = Cache(path)
-    for other_path in others:
-        with _existing_cache(other_path) as other:
-            print(f"{other_path}: {cache.merge(other)} new answers")
-    cache.close()
+    with closing(Cache(path)) as cache:
+        for other_path in others:
+            with _existing(other_path) as other:
+                print(f"{other_path}: {cache.merge(other)} new answers")
 
 
 @cache_app.command("export")
@@ -56,20 +58,60 @@ def cache_export(path: CacheArgument = RESULTS / ".cache.sqlite") -> None:
     """Print every sound answer as one JSON object a line."""
     from dataclasses import asdict
 
-    with _existing_cache(path) as cache:
+    with _existing(path) as cache:
         for key, completion in cache.rows():
             if completion is not None:
-                print(json.dumps({"key": key.hex(), **asdict(completion)}, ensure_ascii=False))
+                print(json.dumps({"key": key.hex(), **asdict(completion)}))
 
 
-@contextmanager
-def _existing_cache(path: Path) -> Iterator[Any]:
+@cache_app.command("why")
+@with_matrix
+def cache_why(matrix: Matrix) -> None:
+    """Say which field of their identity keeps a cell's calls from being answered by the cache.
+
+    The cell is named by its folder, or by the flags that run takes.
+    """
+    if matrix.suite and matrix.suite.is_dir():
+        cache_app(["why", *_command(matrix.suite, matrix)], standalone_mode=False)
+        return
+    from harness import cell, plan, schedule
+    from harness.matrix import open_for
+
+    selection, registry = matrix.selection(), open_registry(matrix.registry)
+    loader = plan.Loader(registry)
+    with _existing(matrix.cache or matrix.results / ".cache.sqlite") as cache:
+        for one in plan.cells_of(registry, selection):
+            job = loader.job(one, selection.first_stage)
+            if (engine := open_for(job, selection.serving)) is None:
+                print(f"{job.cell}: asks no engine")
+                continue
+            identity, why = cell.identity(job.cell, engine), Counter[str]()
+            for query in job.queries:
+                flow = cell.flow(job, query, engine, Counter())
+                if missed := schedule.first_miss(flow, cache, identity.key):
+                    why[cache.nearest(identity, missed)] += 1
+            print(f"{job.cell}: {why.total()} of {len(job.queries)} queries ask something new")
+            for reason, count in why.most_common():
+                print(f"  {count} x {reason}")
+            engine.close()
+
+
+def _command(folder: Path, matrix: Matrix) -> list[str]:
+    """The flags that made a finished cell, as its record has them."""
+    from harness import store
+
+    found = store.read(folder)
+    if found is None or not found.record.get("command"):
+        raise MissingResourceError(f"{folder}: holds no cell of `harness run`")
+    words = shlex.split(found.record["command"])[2:]
+    given = {"results": folder.resolve().parents[2], "cache": matrix.cache}
+    given |= {"registry": matrix.registry, "data": matrix.data}
+    return words + [w for name, value in given.items() if value for w in (f"--{name}", str(value))]
+
+
+def _existing(path: Path) -> Any:
     from harness.cache import Cache
 
     if not path.is_file():
         raise MissingResourceError(f"{path}: no such cache file")
-    cache = Cache(path)
-    try:
-        yield cache
-    finally:
-        cache.close()
+    return closing(Cache(path))

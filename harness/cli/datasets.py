@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +22,7 @@ from harness.cli.base import (
     Results,
     app,
     check_format,
+    complain,
     open_registry,
     print_rows,
     say,
@@ -32,6 +35,7 @@ from harness.types import DataError, HarnessError, MissingResourceError, Registr
 
 Stage = Annotated[str | None, typer.Option("--first-stage", help="Its name, or a TREC run file.")]
 Depth = Annotated[int | None, typer.Option("--depth", min=1, help="Candidates a query (--hits).")]
+Name = Annotated[str | None, typer.Option("--name", help="Name of a dataset given by path.")]
 Qrels = Annotated[str | None, typer.Option("--qrels", help="Judgements, if not the dataset's.")]
 
 
@@ -41,6 +45,7 @@ def prepare(
     first_stage: Stage = None,
     depth: Depth = None,
     data: DataDir = None,
+    force: Annotated[bool, typer.Option("--force", help="Make again what is there.")] = False,
     registry: RegistryDir = None,
     quiet: Quiet = False,
 ) -> None:
@@ -49,56 +54,62 @@ def prepare(
     from harness.data import prepare as preparing
     from harness.data.prepared import data_folder
 
+    lost = 0
     for spec in find_datasets(open_registry(registry), dataset):
         say(quiet, f"{spec.name}: {first_stage or spec.first_stage}")
-        folder = data or data_folder()
-        print(preparing.prepare(spec, first_stage, depth or spec.depth, folder))
+        asked = spec, first_stage, depth or spec.depth, data or data_folder()
+        try:
+            with redirect_stderr(io.StringIO()) if quiet else nullcontext():
+                ready = None if force else preparing.ready(*asked)
+                path = ready or preparing.prepare(*asked)
+        except HarnessError as error:
+            complain(f"{spec.name}: {error}")
+            lost = lost or error.exit_code
+            continue
+        say(quiet or not ready, f"{spec.name}: is there and intact; --force makes it again")
+        print(path)
+    if lost:
+        raise typer.Exit(lost)
 
 
 @app.command("audit-data")
 def audit_data(
     dataset: Datasets = None,
     qrels: Qrels = None,
+    name: Name = None,
     first_stage: Stage = None,
     depth: Depth = None,
     data: DataDir = None,
     registry: RegistryDir = None,
-    format: Format = "text",
+    format: Annotated[str, typer.Option(help="text, md or json.")] = "text",
 ) -> None:
     """Check queries, candidates and judgements before any engine time is spent on them."""
     from harness.data import audit, load
 
-    check_format(format, ("text", "json"))
+    check_format(format, ("text", "md", "json"))
     use_data(data)
     found = []
-    for spec in find_datasets(open_registry(registry), dataset, qrels):
+    for spec in find_datasets(open_registry(registry), dataset, qrels, name):
         at = depth or spec.depth
         found.append(audit.audit(spec, load(spec, first_stage, at), at))
-        if format == "text":
-            _print_figures(found[-1])
+        if format != "json":
+            print_rows(audit.rows(found[-1]), format)
     if format == "json":
         print(json.dumps(found, ensure_ascii=False, indent=1))
     if errors := [f"{row['dataset']}: {text}" for row in found for text in row["errors"]]:
         raise DataError("; ".join(errors))
 
 
-def find_datasets(registry: Any, texts: list[str] | None, qrels: str | None = None) -> list[Any]:
+def find_datasets(
+    registry: Any, texts: list[str] | None, qrels: str | None = None, name: str | None = None
+) -> list[Any]:
     from harness import plan
 
-    asked = plan.Selection(qrels=qrels)
+    asked = plan.Selection(qrels=qrels, name=name)
     found = [s for text in split(texts) for s in plan.find_datasets(registry, text, asked)]
     if not found:
         raise UsageError("name at least one dataset (-d)")
     return found
-
-
-def _print_figures(figures: Mapping[str, Any]) -> None:
-    """One figure a line; those of a table under its name."""
-    rows = []
-    for name, value in figures.items():
-        inner = value.items() if isinstance(value, dict) else [("", value)]
-        rows += [{"figure": f"{name}: {key}" if key else name, "value": v} for key, v in inner]
-    print_rows([row for row in rows if row["value"] != []], "text")
 
 
 # --- the runs of others, and runs for others ----------------------------------------------------
@@ -108,7 +119,9 @@ def _print_figures(figures: Mapping[str, Any]) -> None:
 def import_(
     run: Annotated[Path, typer.Argument(help="A TREC run that another program made.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Whose run: any name.")],
-    dataset: Annotated[str, typer.Option("--dataset", "-d", help="A name, also new, or a path.")],
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="A name, also new, or a path.")
+    ] = None,
     qrels: Qrels = None,
     first_stage: Stage = None,
     depth: Depth = None,
@@ -119,15 +132,18 @@ def import_(
 ) -> None:
     """Measure a foreign run and make its cell: quality known, efficiency unknown."""
     from harness import exchange
+    from harness.data import libraries
     from harness.types import ModelSpec
 
     check_format(format, ("text", "json"))
     use_data(data)
-    names, judged = open_registry(registry), Path(qrels) if qrels else None
+    names, text = open_registry(registry), dataset or libraries.layout(run).dataset
+    if not text:
+        raise UsageError(f"{run}: its name says no dataset: name one (-d)")
     spec = names.models.get(model) or ModelSpec(name=model, method=exchange.METHOD)
-    known = _one_dataset(names, dataset, qrels)
-    foreign = exchange.Foreign(run, spec, known, judged, first_stage, depth)
-    cell = exchange.take_in(foreign, results)
+    known = _one_dataset(names, text, qrels)
+    known = replace(known, qrels=qrels or known.qrels, judged_by="")
+    cell = exchange.take_in(exchange.Foreign(run, spec, known, first_stage, depth), results)
     if format == "json":
         print(json.dumps(dict(cell.record), ensure_ascii=False))
         return
@@ -157,7 +173,7 @@ def export(
     if found is None or not (cell / "run.trec").is_file():
         raise MissingResourceError(f"{cell}: holds no finished cell")
     if format in ("requests", "results"):
-        data = _data_of(found, open_registry(registry), dataset, qrels)
+        data = data_of(found, open_registry(registry), dataset, qrels)
         say(data is not None, "the dataset is not at hand: no texts are written; name it with -d")
     text = "".join(exchange.give_out(found, format, data))
     (out.write_text if out else sys.stdout.write)(text)
@@ -178,7 +194,7 @@ def _one_dataset(registry: Any, text: str, qrels: str | None) -> Any:
     return found
 
 
-def _data_of(cell: Any, registry: Any, text: str | None, qrels: str | None) -> Any:
+def data_of(cell: Any, registry: Any, text: str | None = None, qrels: str | None = None) -> Any:
     """The data behind a cell, or None when it is not at hand; asked for by name, it must be."""
     from harness.data import load
 

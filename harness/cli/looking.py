@@ -37,8 +37,8 @@ def list_(
     check_format(format, ("text", "md", "json"))
     if what not in listing.LISTS:
         raise RegistryError(f"unknown list {what!r}", known=listing.LISTS, given=what)
-    if what == "models" and format == "md":
-        print(listing.models_page(open_registry(registry)))
+    if format == "md" and what in listing.PAGES:
+        print(listing.PAGES[what](open_registry(registry)))
         return
     brief = what == "models" and format == "text"
     rows = listing.models_in_brief if brief else listing.LISTS[what]

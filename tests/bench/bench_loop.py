@@ -11,13 +11,13 @@ import json
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-from conftest import gate, seconds, unit
+from conftest import gate, seconds, thousand_units
 
 from harness import measure, schedule
 from harness.cache import Cache, Identity
@@ -26,7 +26,30 @@ from harness.rerank import listwise, setwise
 from harness.specs import Registry
 from harness.types import Candidate, Completion, Flow, Query, Request
 
-WORDS = "the of and to in a is that for it as was with be by on not he his but at are".split()
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "a",
+    "is",
+    "that",
+    "for",
+    "it",
+    "as",
+    "was",
+    "with",
+    "be",
+    "by",
+    "on",
+    "not",
+    "he",
+    "his",
+    "but",
+    "at",
+    "are",
+]
 
 
 class Null:
@@ -73,7 +96,8 @@ def passages(count: int, words: int = 90, seed: int = 0) -> list[Candidate]:
 @lru_cache(maxsize=4)
 def queries(count: int, depth: int = 100) -> tuple[Query, ...]:
     return tuple(
-        Query(f"q{n}", f"what is {n}", tuple(passages(depth, seed=n)), "bench") for n in range(count)
+        Query(f"q{n}", f"what is {n}", tuple(passages(depth, seed=n)), "bench")
+        for n in range(count)
     )
 
 
@@ -98,8 +122,13 @@ def test_p1_scheduling_with_rendering_is_cheap(paired: Any) -> None:
     """20,000 calls a second where SHA-256 over 10 kB takes 6.2 us: eight such units a call."""
     engine = Null("<answer>[3]</answer>")
     calls = drive(engine, NoCache())
-    spent, sha = paired(lambda: drive(engine, NoCache()), unit)
-    gate("P1 loop with rendering, units a call", spent / calls / unit(), most=8.1, note=f"{calls / spent:,.0f} calls/s")
+    spent, units = paired(lambda: drive(engine, NoCache()), thousand_units)
+    gate(
+        "P1 loop with rendering, units a call",
+        spent / calls / units * 1000,
+        most=8.1,
+        note=f"{calls / spent:,.0f} calls/s",
+    )
 
 
 def test_p2_p3_a_cold_cache_costs_little_and_a_warm_one_pays(paired: Any, tmp_path: Path) -> None:
@@ -113,9 +142,20 @@ def test_p2_p3_a_cold_cache_costs_little_and_a_warm_one_pays(paired: Any, tmp_pa
 
     kept = Cache(tmp_path / "warm.sqlite")
     calls = drive(engine, kept)
-    cold_seconds, warm_seconds = paired(cold, lambda: drive(engine, kept))
-    gate("P2 loop with a cold cache, units a call", cold_seconds / calls / unit(), most=10, note=f"{calls / cold_seconds:,.0f} calls/s")
-    gate("P3 cold cache / warm cache", cold_seconds / warm_seconds, least=1.5, note=f"warm {calls / warm_seconds:,.0f} calls/s")
+    cold_seconds, units = paired(cold, thousand_units)
+    warm_seconds = min(seconds(lambda: drive(engine, kept)) for _ in range(7))
+    gate(
+        "P2 loop with a cold cache, units a call",
+        cold_seconds / calls / units * 1000,
+        most=10,
+        note=f"{calls / cold_seconds:,.0f} calls/s",
+    )
+    gate(
+        "P3 cold cache / warm cache",
+        cold_seconds / warm_seconds,
+        least=1.5,
+        note=f"warm {calls / warm_seconds:,.0f} calls/s",
+    )
 
 
 def test_p6_a_large_cache_opens_and_answers_at_once(benchmark: Any, tmp_path: Path) -> None:
@@ -143,7 +183,12 @@ def test_p6_a_large_cache_opens_and_answers_at_once(benchmark: Any, tmp_path: Pa
 
     benchmark.pedantic(open_and_get, rounds=5)
     once = benchmark.stats.stats.max
-    gate("P6 parse a million rows / open the cache and get one", seconds(parse) / once, least=100, note=f"opened and answered in {once * 1000:.1f} ms")
+    gate(
+        "P6 parse a million rows / open the cache and get one",
+        seconds(parse) / once,
+        least=100,
+        note=f"opened and answered in {once * 1000:.1f} ms",
+    )
     gate("P6 seconds to open a million rows", once, most=1)
 
 
@@ -183,7 +228,11 @@ def research_loop(tokenizer: Any, ask: Callable[[str], str], batch: Sequence[Que
             for n, candidate in enumerate(window, 1):
                 pieces = tokenizer.tokenize(ftfy.fix_text(candidate.text))[:100]
                 lines.append(f"[{n}] {tokenizer.convert_tokens_to_string(pieces)}")
-            prompt = f"I will provide {len(window)} passages.\n" + "\n".join(lines) + f"\nQuery: {query.text}\n"
+            prompt = (
+                f"I will provide {len(window)} passages.\n"
+                + "\n".join(lines)
+                + f"\nQuery: {query.text}\n"
+            )
             assert len(tokenizer.encode(prompt)) < 8192
             answer = ask(prompt)
             calls += 1
@@ -201,21 +250,39 @@ def test_p4_a_listwise_call_costs_a_fraction_of_the_research_loops(paired: Any, 
     answer = " > ".join(f"[{n}]" for n in range(20, 0, -1))
     engine, batch = Null(answer), queries(8)
 
-    @lru_cache(maxsize=None)
+    @cache
     def clip(text: str, tokens: int) -> str:
         pieces = qwen.tokenize(text)
-        return text if len(pieces) <= tokens else str(qwen.convert_tokens_to_string(pieces[:tokens]))
+        return (
+            text if len(pieces) <= tokens else str(qwen.convert_tokens_to_string(pieces[:tokens]))
+        )
 
     def flows() -> Iterator[tuple[str, Flow]]:
         for query in batch:
-            ready = prepare(query, WINDOW, WINDOW.limits, family="other", clip=clip, raw_special_tokens=False, notes=Counter())
+            ready = prepare(
+                query,
+                WINDOW,
+                WINDOW.limits,
+                family="other",
+                clip=clip,
+                raw_special_tokens=False,
+                notes=Counter(),
+            )
             yield query.qid, listwise.sliding_window(ready, WINDOW)
 
     calls = drive(engine, NoCache(), flows)  # the first run cuts every passage, once
     theirs_calls = research_loop(qwen, lambda prompt: answer, batch)
     assert calls == theirs_calls
-    ours, theirs = paired(lambda: drive(engine, NoCache(), flows), lambda: research_loop(qwen, lambda prompt: answer, batch))
-    gate("P4 research loop / ours, a listwise call, null engine", theirs / ours, least=20, note=f"{theirs / calls * 1e6:,.0f} us against {ours / calls * 1e6:,.0f} us")
+    ours, theirs = paired(
+        lambda: drive(engine, NoCache(), flows),
+        lambda: research_loop(qwen, lambda prompt: answer, batch),
+    )
+    gate(
+        "P4 research loop / ours, a listwise call, null engine",
+        theirs / ours,
+        least=20,
+        note=f"{theirs / calls * 1e6:,.0f} us against {ours / calls * 1e6:,.0f} us",
+    )
 
 
 # --- evaluation and report --------------------------------------------------------------------
@@ -277,7 +344,14 @@ class Clocked:
 def chain(query: Query, rng: Random) -> Flow:
     """A heap sort's shape: five calls at once, then a strict chain."""
     shown = query.candidates[:2]
-    label = Prompt("p", "bench", "label", (Turn("user", "{query} {docs}"),), pattern=r"(\[\d+\])", limits=Limits(max_tokens=9))
+    label = Prompt(
+        "p",
+        "bench",
+        "label",
+        (Turn("user", "{query} {docs}"),),
+        pattern=r"(\[\d+\])",
+        limits=Limits(max_tokens=9),
+    )
     parsed = []
     for width in (5, *[1] * rng.randint(11, 21)):
         asked = [Query(query.qid, f"{query.text} {len(parsed) + i}", shown) for i in range(width)]
@@ -330,4 +404,8 @@ def level_synchronous(count: int, length: Callable[[Request], float]) -> float:
 
 def test_p10_ragged_lengths_do_not_wait_for_each_other() -> None:
     spent, _ = makespan(lognormal, 43, 256)
-    gate("P10 level-synchronous / ours, log-normal lengths", level_synchronous(43, lognormal) / spent, least=1.15)
+    gate(
+        "P10 level-synchronous / ours, log-normal lengths",
+        level_synchronous(43, lognormal) / spent,
+        least=1.15,
+    )
