@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -49,44 +50,45 @@ class Key(bytes):
 
 
 class Identity:
-    """Computes the key of any request to one engine; the fingerprint is hashed once."""
+    """Computes the key of any request to one engine; what calls have in common is hashed once."""
 
     def __init__(self, fingerprint: Mapping[str, Any], replicate: int = 0) -> None:
         self._fingerprint = dict(fingerprint) | {"replicate": replicate}
-        self._base = hashlib.sha256(digest(self._fingerprint).encode())
-        self._origins: dict[str, str] = {}
+        self._known: dict[tuple[Any, ...], tuple[Any, str]] = {}
 
     def key(self, request: Request) -> Key:
-        """Over everything in the request that reaches the engine."""
-        state = self._base.copy()
-        state.update(_canonical(request).encode("utf-8", "surrogatepass"))
+        """Over everything in the request that reaches the engine.
+
+        The hash goes over the origin, the lengths of the texts (-1 for none) and the texts as they
+        are: equal bytes mean equal parts, and ten thousand characters need no escaping.
+        """
+        texts = [text for m in request.messages for text in (m.role, m.content)]
+        ends = (request.text, request.continuation)
+        lengths = [*map(len, texts), *(-1 if end is None else len(end) for end in ends)]
+        begun, origin = self._begun(request)
+        state = begun.copy()
+        state.update(f"{lengths}{''.join(texts)}".encode("utf-8", "surrogatepass"))
+        state.update("".join(end or "" for end in ends).encode("utf-8", "surrogatepass"))
         key = Key(state.digest())
-        key.origin = self.origin(request)
+        key.origin = origin
         return key
 
     def origin(self, request: Request) -> str:
         """Fingerprint, replicate and settings as a JSON object, for `Cache.nearest`."""
-        settings = [getattr(request, name) for name in _SETTINGS]
-        if (seen := repr(settings)) not in self._origins:
-            self._origins[seen] = json.dumps(self._fingerprint | dict(zip(_SETTINGS, settings)))
-        return self._origins[seen]
+        return self._begun(request)[1]
+
+    def _begun(self, request: Request) -> tuple[Any, str]:
+        """The hash so far, and what it is over: the same for most calls of a cell."""
+        settings = _settings(request)
+        if settings not in self._known:
+            origin = json.dumps(self._fingerprint | dict(zip(_SETTINGS, settings)))
+            begun = hashlib.sha256(digest([self._fingerprint, settings]).encode())
+            self._known[settings] = (begun, origin)
+        return self._known[settings]
 
 
 _SETTINGS = ("prefill", "bos", "max_tokens", "exact_length_of", "stop", "labels")
-
-
-def _canonical(request: Request) -> str:
-    """A request as JSON text. Messages first: length-prefixed by JSON, so nothing can collide."""
-    r = request
-    return json.dumps(
-        [
-            [(m.role, m.content) for m in r.messages],
-            r.text, r.prefill, r.bos, r.max_tokens, r.exact_length_of,
-            r.stop, r.labels, r.continuation,
-        ],
-        ensure_ascii=False,
-        separators=(",", ":"),
-    )  # fmt: skip
+_settings = attrgetter(*_SETTINGS)
 
 
 class Cache:
@@ -234,7 +236,8 @@ class Cache:
         with self._doing("cannot be read"):
             origins = [json.loads(origin) for origin in self.origins()]
         for stored in origins:
-            settings = {name: stored[name] for name in _SETTINGS}
+            values = [tuple(v) if isinstance(v := stored[n], list) else v for n in _SETTINGS]
+            settings: dict[str, Any] = dict(zip(_SETTINGS, values))
             own = {name: value for name, value in stored.items() if name not in settings}
             key = Identity(own, own["replicate"]).key(replace(request, **settings))
             names = [n for n in asked | stored if asked.get(n) != stored.get(n)]

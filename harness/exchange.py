@@ -15,7 +15,7 @@ from typing import Any
 
 from harness import cell as cells
 from harness import costs, measure, store
-from harness.data import Collection, audit, formats, load, prepared, sources
+from harness.data import Collection, audit, formats, libraries, load, prepared, sources
 from harness.prompts import Limits
 from harness.rerank import METHODS
 from harness.types import (
@@ -41,7 +41,6 @@ UNKNOWN = ("calls", "rounds", "prompt_tokens", "generated_tokens", "seconds", "t
 class Foreign:
     """A run that another program made, and what its user says about it.
 
-    qrels        judgements that replace the dataset's own
     first_stage  the name of the candidates that were reranked, or a run file that holds them
     depth        candidates a query; None keeps every line
     """
@@ -49,7 +48,6 @@ class Foreign:
     path: Path
     model: ModelSpec
     dataset: DatasetSpec
-    qrels: Path | None = None
     first_stage: str | None = None
     depth: int | None = None
 
@@ -64,18 +62,18 @@ def take_in(foreign: Foreign, results: Path) -> CellResult:
     """
     run, spec = formats.read_run(foreign.path), foreign.dataset
     depth = foreign.depth or max(spec.depth, *map(len, run.values()))
-    qrels = sources.judgements(spec, foreign.qrels)
+    qrels = libraries.judgements(spec)
     if not run.keys() & qrels.keys():
         raise DataError("none of its queries is judged", path=foreign.path)
     known = _own_candidates(foreign, depth)
     order = [q.qid for q in known.queries] if known else []
     cut = sum(max(0, len(rows) - depth) for rows in run.values())
-    raw = sources.Raw(
+    raw = libraries.Raw(
         dict.fromkeys([*order, *qrels, *run], ""),
         {qid: _as_trec_eval(rows) for qid, rows in run.items()},
         qrels,
         _stage_name(foreign, known),
-        {"candidates_below_the_depth": cut},
+        notes={"candidates_below_the_depth": cut},
     )
     collection = _placed(sources.collect(spec, raw, depth), known)
     cell = Cell(foreign.model, spec, collection.first_stage, depth, None, Protocol())
@@ -94,18 +92,19 @@ def _own_candidates(foreign: Foreign, depth: int) -> Collection | None:
     spec, stage = foreign.dataset, foreign.first_stage
     usable = stage if spec.source == "folder" and stage and Path(stage).is_file() else None
     try:
-        found = load(spec, usable, depth)
+        return load(spec, usable, depth)
     except (DataError, MissingResourceError):
         return None
-    given = formats.read_qrels(foreign.qrels) if foreign.qrels else found.qrels
-    return found if {q: given.get(q) for q in found.qrels} == found.qrels else None
 
 
 def _stage_name(foreign: Foreign, known: Collection | None) -> str:
-    name = foreign.first_stage
+    """As the user says, else as the run file says that it is one, else as the dataset has it."""
+    name, own = foreign.first_stage, libraries.layout(foreign.path)
     if name and Path(name).is_file():
-        return sources.stage_name(Path(name))
-    return name or (known.first_stage if known else foreign.dataset.first_stage)
+        return libraries.layout(Path(name)).first_stage
+    if name or own.dataset:
+        return name or own.first_stage
+    return known.first_stage if known else foreign.dataset.first_stage
 
 
 def _placed(run: Collection, known: Collection | None) -> Collection:

@@ -72,8 +72,9 @@ def datasets(registry: Registry) -> Rows:
             "queries": spec.queries,
             "documents": spec.documents,
             "grades": spec.grades or None,
-            "depth": spec.depth,
-            "first stage": spec.first_stage,
+            "titles": "yes" if spec.titles else None,
+            "measure": spec.measures[0],
+            "first stage": f"{spec.first_stage}, top {spec.depth}",
             "source": spec.irds or spec.index or spec.source,
             "license": spec.license or None,
         }
@@ -181,6 +182,31 @@ def models_page(registry: Registry) -> str:
     return "\n\n".join(parts)
 
 
+def datasets_page(registry: Registry) -> str:
+    """docs/datasets.md without its audits: facts, names, suites and what to know."""
+    specs, heads = registry.datasets.values(), ("dataset", "also", "ir_datasets", "index", "topics")
+    names = [dict(zip(heads, (s.name, s.aliases, s.irds, s.index, s.topics))) for s in specs]
+    parts = [
+        "# Datasets",
+        "Made by `harness list datasets --format md`; a test holds it equal to the registry."
+        " BM25 is always k1=0.9, b=0.4. Titles: whether documents have one; a prompt says how it is"
+        " joined to the text. A mean is over all queries of the table; the first measure leads.",
+        markdown(datasets(registry)),
+        "## Names",
+        "Every spelling finds its set; case, hyphens and underscores do not matter, and a glob"
+        " (`bright/*`, `beir-v1.0.0-*.flat`) finds several. Index and topics are pyserini's.",
+        markdown(names),
+        "## Suites",
+        markdown([row for row in suites(registry) if row["datasets"] and not row["models"]]),
+        "## Notes",
+        "\n".join(f"* `{spec.name}`: {spec.note}" for spec in specs if spec.note),
+    ]
+    return "\n\n".join(parts)
+
+
+PAGES = {"models": models_page, "datasets": datasets_page}
+
+
 def markdown(rows: Rows) -> str:
     """Equal-keyed rows as a GitHub table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([plain(v) for v in r.values()] for r in rows)]
@@ -191,7 +217,7 @@ def markdown(rows: Rows) -> str:
 
 def plain(value: Any) -> str:
     """One value as a reader wants it; nothing is an em-dash, never an empty cell."""
-    if value is None or value == "":
+    if value is None or value in ("", (), []):
         return "—"
     if isinstance(value, float):
         return f"{value:.4g}"

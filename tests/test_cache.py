@@ -481,7 +481,7 @@ def test_origins_are_stored_once_and_survive_a_merge(tmp_path: Path) -> None:
 
 
 def test_keys_are_those_of_every_cache_before() -> None:
-    known = "b635b94e6a89774705958dfab82f3743e89492235d9e38875af67e39adc4e784"
+    known = "9b7977a5428406317e8d8b82cf68684091bb4d473c7ef02d6817bda8fb9b9952"
     assert Identity(FINGERPRINT, 1).key(asked()).hex() == known
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.data import formats, load
+from harness.data import formats, libraries, load
+from harness.specs import Registry
 from harness.types import DataError, DatasetSpec, MissingResourceError
 
 QUERIES = "q1\tfirst question\nq2\tsecond question\n"
@@ -90,6 +91,8 @@ def test_line_ends_marks_and_packing_change_nothing(kind, file):
 def test_an_absent_file_is_a_missing_resource(kind, tmp_path):
     read, _ = READERS[kind]
     for path in (tmp_path / kind, tmp_path):
+        if path == tmp_path and kind.startswith("corpus"):
+            continue  # a corpus may be a folder
         with pytest.raises(MissingResourceError, match="no such file"):
             read(path)
 
@@ -473,18 +476,46 @@ def test_a_folder_without_queries_or_judgements_is_missing_something(folder, abs
         load(folder(**{absent: None}))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("queries.jsonl", "corpus.jsonl", "qrels/test.tsv"),  # BEIR
+        ("topics.tsv", "collection.tsv", "qrels.txt"),  # MS MARCO, Anserini
+        ("topics.tsv.gz", "collection/part0.jsonl.gz", "qrels.tsv"),
+    ],
+)
+def test_folders_of_beir_and_anserini_read_alike(names, folder, file):
+    texts = {
+        "queries.jsonl": '{"_id": "q1", "text": "first question"}\n',
+        "topics.tsv": "q1\tfirst question\n",
+        "corpus.jsonl": '{"_id": "d1", "text": "the first"}\n{"_id": "d2", "text": "a second"}\n',
+        "collection.tsv": "d1\tthe first\nd2\ta second\n",
+        "part0.jsonl": '{"id": "d1", "contents": "the first"}\n{"id": "d2", "contents": "a second"}\n',
+        "test.tsv": "query-id\tcorpus-id\tscore\nq1\td1\t1\n",
+        "qrels.txt": "q1 0 d1 1\n",
+        "qrels.tsv": "q1\t0\td1\t1\n",
+    }
+    for name in names:
+        file(f"set/{name}", texts[name.rpartition("/")[2].removesuffix(".gz")])
+    home = file("set/mark", "").parent
+    data = load(DatasetSpec("set", "folder", str(home)))
+    assert ranked(data) == {"q1": ["d1"]}
+    assert data.queries[0].candidates[0].text == "the first"
+    assert data.stated == "bm25s, k1=0.9, b=0.4, English stop words"
+
+
 def test_a_folder_may_lack_texts_when_it_has_a_run(folder):
     data = load(folder(corpus_jsonl=None))
     assert not data.has_texts
     assert ranked(data) == {"q1": ["d1", "d2"], "q2": ["d3", "d1"]}
-    with pytest.raises(MissingResourceError, match=r"corpus\.jsonl"):
+    with pytest.raises(MissingResourceError, match="expected a corpus"):
         load(folder(corpus_jsonl=None, run_trec=None))
 
 
 def test_a_document_absent_from_the_corpus_is_named(folder):
     spec = folder(run_trec=RUN + "q2 Q0 d9 3 1 x\n")
     with pytest.raises(
-        DataError, match=r"run\.trec: document 'd9' of query 'q2' is not in .*corpus"
+        DataError, match=r"stage run: document 'd9' of query 'q2' is not in the collection"
     ):
         load(spec)
 
@@ -616,7 +647,37 @@ def test_a_folder_and_a_request_file_with_the_same_content_have_one_hash(folder,
 
 
 def test_a_dataset_in_a_foreign_index_says_what_to_bring():
-    with pytest.raises(MissingResourceError, match="bring a rank_llm request file with --qrels"):
+    with pytest.raises(MissingResourceError, match="or a request file as the dataset"):
         load(DatasetSpec("news", "pyserini"))
     with pytest.raises(MissingResourceError, match="--first-stage FILE"):
         load(DatasetSpec("dl19", "irds", irds="msmarco-passage/trec-dl-2019/judged"))
+
+
+# --- run files that others publish --------------------------------------------------------------
+
+LAYOUTS = {
+    "runs_bm25/bm25.biology.filtered.trec": ("bm25", "biology"),
+    "bm25_gpt4_run/earth_science.trec": ("bm25+gpt4_reason", "earth_science"),
+    "bm25_gpt4_run/bm25.pony.filtered.trec": ("bm25+gpt4_reason", "pony"),
+    "runs/aops/reasonir_gpt4cot_top100.txt": ("reasonir+gpt4_reason", "aops"),
+    "bright/stackoverflow/reasonir_gpt4cot_top100.trec.gz": ("reasonir+gpt4_reason", "stackoverflow"),
+    "runs/economics/custom.txt": ("custom", "economics"),
+    "runs/biology/e5-mistral-7b-instruct_top100.txt": ("e5-mistral-7b-instruct", "biology"),
+    "run.msmarco-v1-passage.bm25-default.dl19.txt": ("bm25", "dl19"),
+    "dl19/bm25.trec": ("bm25", ""),
+    "mine/dense.v2.trec": ("dense.v2", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_run_files_of_rank_r1_and_reasonrank_say_what_they_are(name, tmp_path):
+    found = libraries.layout(tmp_path / name)
+    assert (found.first_stage, found.dataset) == LAYOUTS[name]
+    if found.dataset:
+        [spec] = Registry().find_datasets(found.dataset)
+        assert spec.name in (f"bright/{found.dataset}", found.dataset)
+
+
+def test_the_layout_names_the_first_stage_of_a_cell(folder, file):
+    run = file("runs/biology/reasonir_gpt4cot_top100.txt", "q1 Q0 d1 1 0.4589 reasonir\n")
+    assert load(folder(), str(run)).first_stage == "reasonir+gpt4_reason"

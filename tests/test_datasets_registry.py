@@ -1,11 +1,16 @@
 """The dataset tables and suites of registry/: ids, spellings, counts and orders."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from harness import listing, plan
+from harness.data import audit, load
 from harness.specs import Registry, canonical
+from harness.types import RegistryError
 
+ROOT = Path(__file__).resolve().parent.parent
 REGISTRY = Registry()
 BRIGHT = (
     *("biology", "earth_science", "economics", "psychology", "robotics", "stackoverflow"),
@@ -21,7 +26,7 @@ SPELLINGS = {
     "beir/nfcorpus": "nfc nfcorpus beir/nfcorpus/test NFCorpus beir-v1.0.0-nfcorpus.flat",
     "beir/dbpedia-entity": "dbpedia beir-v1.0.0-dbpedia-entity.flat beir/dbpedia-entity/test "
     "DBPedia dbpedia-entity dbpedia_entity",
-    "beir/signal1m": "signal beir-v1.0.0-signal1m.flat",
+    "beir/signal1m": "signal signal-1m SIGNAL-1M beir-v1.0.0-signal1m.flat",
     "beir/trec-news": "news trec-news beir-v1.0.0-trec-news.flat",
     "beir/robust04": "robust04 beir-v1.0.0-robust04.flat",
     "beir/webis-touche2020": "touche beir/webis-touche2020/v2 Touche2020 webis-touche2020",
@@ -44,9 +49,47 @@ def test_every_spelling_finds_the_same_dataset(name):
         assert [spec.name for spec in REGISTRY.find_datasets(spelling)] == [name], spelling
 
 
+GLOBS = {
+    "bright/earth-*": "bright/earth_science",
+    "bright-earth*": "bright/earth_science",
+    "Bright/EARTH_*": "bright/earth_science",
+    "dl2?": "dl20 dl21 dl22 dl23",
+    "msmarco-passage/trec-dl-*/judged": "dl19 dl20",
+    "beir/t*": "beir/trec-covid beir/trec-news",
+    "BrightTheorem*": "bright/theoremqa_questions bright/theoremqa_theorems",
+}
+
+
+@pytest.mark.parametrize("glob", GLOBS)
+def test_a_glob_matches_in_every_spelling(glob):
+    assert " ".join(spec.name for spec in REGISTRY.find_datasets(glob)) == GLOBS[glob]
+
+
+def test_globs_over_a_family_find_all_of_it():
+    beir = {name for name in REGISTRY.datasets if name.startswith("beir/")}
+    assert {s.name for s in REGISTRY.find_datasets("beir/*")} == beir
+    flat = {s.name for s in REGISTRY.find_datasets("beir-v1.0.0-*.flat")}
+    assert flat == beir - {"beir/msmarco"}
+    assert len(REGISTRY.find_datasets("cqadupstack-*")) == 12
+
+
+def test_an_unknown_name_or_glob_shows_the_nearest():
+    for name, near in (("bright/bilogy", "bright/biology"), ("beer/*", "beir"), ("dl18", "dl19")):
+        with pytest.raises(RegistryError, match=rf"unknown dataset .*did you mean .*{near}"):
+            REGISTRY.find_datasets(name)
+
+
+def test_a_suite_that_holds_itself_is_an_error(tmp_path):
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "one.toml").write_text('datasets = ["dl19", "two"]\n')
+    (tmp_path / "suites" / "two.toml").write_text('datasets = ["one"]\n')
+    with pytest.raises(RegistryError, match="suite 'one' holds itself: one > two > one"):
+        Registry(tmp_path).find_datasets("one")
+
+
 def test_ids_of_other_tools_find_their_dataset():
     for spec in REGISTRY.datasets.values():
-        ids = [spec.irds, spec.topics, spec.qrels if spec.source != "requests" else ""]
+        ids = [spec.irds, spec.topics]
         if not spec.index.startswith("msmarco-"):  # one index, several query sets
             ids.append(spec.index)
         for spelling in filter(None, ids):
@@ -80,6 +123,15 @@ def test_every_irds_id_exists_with_the_counts_of_the_table(monkeypatch, tmp_path
         facts = ir_datasets.registry[spec.irds].metadata()  # shipped with the package
         assert spec.queries == facts["queries"]["count"], spec.name
         assert spec.documents == facts["docs"]["count"], spec.name
+
+
+def test_titles_are_where_ir_datasets_has_them(monkeypatch, tmp_path):
+    ir_datasets = pytest.importorskip("ir_datasets")
+    monkeypatch.setenv("IR_DATASETS_HOME", str(tmp_path))
+    for spec in REGISTRY.datasets.values():
+        if spec.source == "irds":
+            fields = ir_datasets.load(spec.irds).docs_cls()._fields
+            assert spec.titles == ("title" in fields), spec.name
 
 
 def test_grades_are_the_positive_and_zero_levels_of_the_judgements(monkeypatch, tmp_path):
@@ -167,3 +219,30 @@ def test_beir_has_18_public_sets_and_12_forums():
     forums = {name for name in names if name.startswith("beir/cqadupstack-")}
     assert len(forums) == 12
     assert len(names - forums - {"beir/msmarco"}) + 1 == 18  # the forums count as one
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+DL19 = ROOT.parent / "shared" / "data" / "dl19"
+
+
+def audited(spec, first_stage=None):
+    figures = audit.audit(spec, load(spec, first_stage, spec.depth), spec.depth)
+    return listing.markdown(audit.rows(figures))
+
+
+def test_the_page_of_datasets_is_the_registry():
+    assert PAGE.partition("\n\n## Audits\n")[0] == listing.datasets_page(REGISTRY)
+
+
+def test_the_page_shows_the_audit_of_pocket():
+    shown = PAGE.partition("### pocket")[2].partition("### dl19")[0]
+    assert shown.rpartition("```\n")[2].strip() == audited(REGISTRY.datasets["pocket"])
+
+
+@pytest.mark.skipif(not DL19.is_dir(), reason="the DL19 candidates are not here")
+def test_the_page_shows_the_audit_of_dl19():
+    asked = plan.Selection(qrels=str(DL19 / "qrels.txt"), name="dl19")
+    [spec] = plan.find_datasets(REGISTRY, str(DL19 / "bm25_top100.json"), asked)
+    assert PAGE.partition("### dl19")[2].rpartition("```\n")[2].strip() == audited(spec)

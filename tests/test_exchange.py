@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import ir_measures
@@ -91,8 +92,8 @@ REAL = {
 def test_a_real_run_has_the_score_that_trec_eval_gives_it(name, tmp_path):
     dataset, run, qrels, expected = REAL[name]
     run, qrels = real(name, *run), real(name, *qrels)
-    spec = Registry().find_datasets(dataset)[0]
-    foreign = exchange.Foreign(run, ModelSpec("x", exchange.METHOD), spec, qrels)
+    spec = replace(Registry().find_datasets(dataset)[0], qrels=str(qrels))
+    foreign = exchange.Foreign(run, ModelSpec("x", exchange.METHOD), spec)
     cell = exchange.take_in(foreign, tmp_path)
     raw = {qid: {c.docid: c.score for c in rows} for qid, rows in formats.read_run(run).items()}
     direct = ir_measures.calc_aggregate([ir_measures.nDCG @ 10], formats.read_qrels(qrels), raw)
@@ -107,7 +108,7 @@ def test_docids_with_spaces_come_through_an_import_and_an_export(tmp_path):
     qrels = real("stackoverflow", "bright", "stackoverflow", "qrels.txt")
     line = ("import", run, "-m", "reasonir", "-d", "stackoverflow", "--qrels", qrels)
     assert "1152 tied scores in 93 queries" in said(*line, "--results", tmp_path)
-    folder = tmp_path / "bright_stackoverflow" / "bm25" / "reasonir"
+    folder = tmp_path / "bright_stackoverflow" / "reasonir+gpt4_reason" / "reasonir"
     before = {(q, c.docid) for q, rows in formats.read_run(run).items() for c in rows}
     after = {(q, c.docid) for q, r in formats.read_run(folder / "run.trec").items() for c in r}
     assert before == after
@@ -231,6 +232,46 @@ def test_requests_hold_the_texts_in_reranked_order_and_can_be_reranked_again(pla
         ("d3", "passage d3"),
         ("d1", "passage d1"),
     ]
+
+
+def test_what_is_exported_comes_back_with_the_same_order_and_score(place):
+    results, qrels = place / "results", place / "small" / "qrels.txt"
+    said("run", "-m", "reverse", "-d", place / "small", "--results", results, *QUIET)
+    cell = store.read(results / "small" / "run" / "reverse")
+    own = formats.read_run(cell.folder / "run.trec")
+    said("export", cell.folder, "--out", place / "back.trec")
+    taken = taken_in(place, path=place / "back.trec")
+    assert taken.measures == cell.measures
+    for form in ("requests", "results"):
+        said(
+            "export",
+            cell.folder,
+            "--format",
+            form,
+            "--out",
+            place / f"{form}.jsonl",
+            "-d",
+            place / "small",
+        )
+        line = ("run", "-m", "first-stage", "-d", place / f"{form}.jsonl", "--qrels", qrels)
+        [record] = json.loads(said(*line, "--results", results, *QUIET))
+        assert record["measures"]["nDCG@10"] == cell.measures["nDCG@10"]
+        again = formats.read_run(results / form / "requests" / "first-stage" / "run.trec")
+        assert {q: [c.docid for c in rows] for q, rows in again.items()} == {
+            q: [c.docid for c in rows] for q, rows in own.items()
+        }
+
+
+def test_a_run_in_a_known_layout_needs_neither_dataset_nor_first_stage(place):
+    folder = place / "runs" / "biology"
+    folder.mkdir(parents=True)
+    run = folder / "reasonir_gpt4cot_top100.txt"
+    run.write_text("0 Q0 d1 1 0.9 reasonir\n0 Q0 d 2 2 0.8 reasonir\n")
+    (place / "q.txt").write_text("0 0 d 2 1\n")
+    line = ("import", run, "-m", "first-stage", "--qrels", place / "q.txt", "--results")
+    assert "nDCG@10 0.6309" in said(*line, place / "results")
+    assert (place / "results" / "bright_biology" / "reasonir+gpt4_reason" / "first-stage").is_dir()
+    assert said("import", place / "other.run", "-m", "x", "--results", place / "results") == ""
 
 
 def test_requests_without_the_dataset_say_so_and_hold_no_text(place, capsys):

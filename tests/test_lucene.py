@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
 import re
+import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from harness import measure
-from harness.data import load, lucene
+from harness.data import formats, load, lucene
 from harness.types import (
     DataError,
     DatasetSpec,
@@ -21,7 +25,8 @@ from harness.types import (
     MissingResourceError,
 )
 
-POCKET = Path(__file__).resolve().parent.parent / "registry" / "datasets" / "pocket"
+ROOT = Path(__file__).resolve().parent.parent
+POCKET = ROOT / "registry" / "datasets" / "pocket"
 DEPTH = 20
 
 
@@ -132,7 +137,10 @@ def test_two_searches_are_equal(home, pocket, first_stage):
 
 
 @needs_lucene
-def test_candidates_come_by_falling_score_with_the_texts_of_the_corpus(pocket):
+def test_candidates_come_by_falling_score_and_the_index_has_their_texts(pocket, home):
+    found = {c.docid for candidates in pocket.values() for c in candidates}
+    texts = {c.docid: c for c in lucene.documents(home / "pocket", found)}
+    assert texts.keys() == found
     rows = map(json.loads, (POCKET / "corpus.jsonl").read_text("utf-8").splitlines())
     corpus = {row["_id"]: (row["title"], row["text"]) for row in rows}
     assert len(pocket) == 31
@@ -141,7 +149,7 @@ def test_candidates_come_by_falling_score_with_the_texts_of_the_corpus(pocket):
         scores = [c.score for c in candidates]
         assert scores == sorted(scores, reverse=True)
         assert len(set(ids(candidates))) == DEPTH
-        assert all(corpus[c.docid] == (c.title, c.text) for c in candidates)
+        assert all(corpus[d] == (texts[d].title, texts[d].text) for d in ids(candidates))
 
 
 # --- odd documents and queries ----------------------------------------------------------------
@@ -154,11 +162,13 @@ def test_every_query_has_an_answer_under_its_own_id(odd):
 
 
 @needs_lucene
-def test_document_ids_and_texts_survive_as_they_are(odd):
-    [quince] = odd["one"]
+def test_document_ids_and_texts_survive_as_they_are(odd, home):
+    assert ids(odd["one"]) == ["attic/old box.txt"]
+    assert ids(odd["emoji \U0001f600"]) == [ODD[1]["id"]]
+    wanted = ["attic/old box.txt", ODD[1]["id"], "not there"]
+    quince, face = lucene.documents(home / "odd index", wanted)
     assert (quince.docid, quince.title) == ("attic/old box.txt", "Quince")
     assert quince.text == ODD[0]["text"]
-    [face] = odd["emoji \U0001f600"]
     assert (face.docid, face.text) == (ODD[1]["id"], ODD[1]["text"])
 
 
@@ -248,6 +258,129 @@ def test_without_pyserini_the_error_says_how_to_install_it(monkeypatch, tmp_path
     monkeypatch.setattr(lucene, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"rerank-harness\[pyserini\]"):
         lucene.search(tmp_path, {"q": "x"}, 5)
+
+
+# --- a prebuilt index, from the command line -----------------------------------------------------
+
+ASKED = """
+import json, sys
+from harness.data import lucene
+lucene._start_java()
+from pyserini.prebuilt_index_info import TF_INDEX_INFO
+keys = ("filename", "urls", "md5")
+print(json.dumps({name: [TF_INDEX_INFO[name][key] for key in keys] for name in sys.argv[1:]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def cached(home, tmp_path_factory):
+    """The pocket index where pyserini keeps those of MS MARCO and Signal-1M once it fetched them,
+    and where its Java part and ir_datasets keep queries and judgements."""
+    place = tmp_path_factory.mktemp("cached")
+    names = ("msmarco-v1-passage", "beir-v1.0.0-signal1m.flat")
+    environment = {**os.environ, "JAVA_HOME": str(lucene.java_home()), "OPENAI_API_KEY": "none"}
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED, *names],
+        env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for filename, urls, md5 in json.loads(done.stdout).values():
+        name = (filename or urls[0].split("/")[-1]).partition(".tar.gz")[0]
+        shutil.copytree(home / "pocket", place / "pyserini" / "indexes" / f"{name}.{md5}")
+    files = {
+        "ir/msmarco-passage/trec-dl-2019/queries.tsv": "19335\tbalcony tomatoes, fruit, water and sun\n",
+        "ir/msmarco-passage/trec-dl-2019/qrels": "19335 Q0 bio-001 3\n19335 Q0 bio-002 0\n",
+        "java/.cache/pyserini/topics-and-qrels/qrels.beir-v1.0.0-signal1m.test.txt": "".join(
+            f"{n} 0 bio-001 1\n" for n in range(1, 98)
+        ),
+    }
+    for name, text in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    topics = "topics.beir-v1.0.0-signal1m.test.tsv.gz"
+    path = place / "java" / ".cache" / "pyserini" / "topics-and-qrels" / topics
+    path.write_bytes(gzip.compress("".join(f"{n}\ttomatoes\n" for n in range(1, 98)).encode()))
+    return place
+
+
+def harness(place, *args, code=0):
+    """stdout and stderr of `harness ...` where nothing but `place` can be reached."""
+    none = "http://127.0.0.1:9"
+    environment = {
+        **os.environ, "http_proxy": none, "https_proxy": none, "IR_DATASETS_DL_TRIES": "1",
+        "IR_DATASETS_HOME": str(place / "ir"), "PYSERINI_CACHE": str(place / "pyserini"),
+        "JAVA_TOOL_OPTIONS": f"-Duser.home={place / 'java'} -Dhttps.proxyHost=127.0.0.1",
+        "RERANK_HARNESS_DATA": str(place / "data"),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "harness", *map(str, args)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-2000:]
+    return done.stdout, done.stderr
+
+
+@needs_lucene
+def test_bm25_on_a_prebuilt_index_is_prepared_with_its_texts_and_its_parameters(cached):
+    out, _ = harness(cached, "prepare", "-d", "dl19", "--depth", "5")
+    [topic] = formats.read_requests(Path(out.strip()))
+    assert (topic.qid, len(topic.candidates)) == ("19335", 5)
+    rows = map(json.loads, (POCKET / "corpus.jsonl").read_text("utf-8").splitlines())
+    texts = {row["_id"]: row["text"] for row in rows}
+    assert all(texts[c.docid] == c.text for c in topic.candidates)
+    facts = json.loads((cached / "data" / "dl19" / "prepared.json").read_text())
+    stage = facts["first_stages"]["bm25"]
+    assert stage["parameters"] == "Lucene, k1=0.9, b=0.4, Porter stems"
+    assert stage["source"]["index"] == "msmarco-v1-passage"
+    (cached / "pyserini").rename(cached / "away")
+    try:
+        line = ("run", "-m", "first-stage", "-d", "dl19", "--depth", "5", "-q", "--format", "json")
+        [record] = json.loads(harness(cached, *line, "--results", cached / "results")[0])
+        assert record["first_stage"]["name"] == "bm25+depth=5"
+        _, err = harness(cached, "prepare", "-d", "dl19", "--depth", "5")
+        assert "is there and intact" in err
+    finally:
+        (cached / "away").rename(cached / "pyserini")
+
+
+@needs_lucene
+def test_a_set_that_ir_datasets_lacks_comes_from_pyserini_whole(cached):
+    out, _ = harness(cached, "prepare", "-d", "signal", "-q")
+    topics = formats.read_requests(Path(out.strip()))
+    assert [t.qid for t in topics[:2]] == ["1", "2"]
+    assert len(topics) == 97
+    assert topics[0].candidates[0].text
+    qrels = formats.read_qrels(cached / "data" / "beir_signal1m" / "qrels.txt")
+    assert qrels["97"] == {"bio-001": 1}
+    (cached / "bring.trec").write_text("1 Q0 bio-002 1 2 x\n1 Q0 bio-001 2 1 x\n")
+    line = ("run", "-m", "first-stage", "-d", "signal", "--first-stage", cached / "bring.trec")
+    where = ("--results", cached / "results", "-q", "--format", "json")
+    [record] = json.loads(harness(cached, *line, *where)[0])
+    assert record["inputs"]["queries_without_candidates"] == 96
+    assert record["measures"]["nDCG@10"] == pytest.approx(0.6309 / 97, abs=1e-4)
+
+
+@needs_lucene
+def test_a_set_that_cannot_be_had_is_skipped_with_the_reason(cached):
+    line = ("prepare", "-d", "robust04,signal", "--first-stage", "bm25")
+    out, err = harness(cached, *line, code=4)
+    assert out.strip().endswith("beir_signal1m/bm25.jsonl.gz")
+    assert re.search(r"harness: beir/robust04: .*topics", err)
+    line = ("run", "-m", "first-stage", "-d", "robust04,signal", "-q")
+    out, err = harness(cached, *line, "--results", cached / "both", code=4)
+    assert "nDCG@10" in out
+    assert "harness prepare -d beir/robust04" in err
+    assert "--first-stage FILE, or a request file as the dataset" in err
+
+
+@needs_lucene
+def test_topics_that_broke_off_are_an_error(cached):
+    folder = cached / "java" / ".cache" / "pyserini" / "topics-and-qrels"
+    path = folder / "topics.beir-v1.0.0-signal1m.test.tsv.gz"
+    whole = path.read_bytes()
+    path.write_bytes(gzip.compress(b"1\ttomatoes\n"))
+    try:
+        _, err = harness(cached, "prepare", "-d", "signal", "--force", "-q", code=5)
+    finally:
+        path.write_bytes(whole)
+    assert "expected 97 queries in beir-v1.0.0-signal1m-test, got 1: remove pyserini's copy" in err
 
 
 # --- which Java -------------------------------------------------------------------------------

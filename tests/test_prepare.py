@@ -6,20 +6,24 @@ Every command has a process of its own, because ir_datasets fixes its home when 
 
 import gzip
 import hashlib
+import http.server
 import json
 import os
+import random
 import subprocess
 import sys
+import threading
+import weakref
 import zipfile
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 
-from harness.data import formats, load, prepare, prepared
+from harness.data import formats, libraries, load, lucene, prepare, prepared
 from harness.specs import Registry
-from harness.types import DataError, MissingResourceError, UsageError
+from harness.types import Candidate, DataError, MissingResourceError, Query, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = {
@@ -191,6 +195,159 @@ def test_a_deeper_run_than_was_prepared_is_refused(copied):
         load(scifact_spec(), "bm25s", depth=200)
 
 
+def test_what_is_there_and_intact_is_not_made_again(copied):
+    asked = (scifact_spec(), "bm25s", 100, copied.parent)
+    assert prepare.ready(*asked) == copied / "bm25s.jsonl.gz"
+    assert prepare.ready(scifact_spec(), "bm25s", 10, copied.parent)  # deeper than asked for
+    assert prepare.ready(scifact_spec(), "bm25s", 101, copied.parent) is None
+    assert prepare.ready(scifact_spec(), "bm25", 10, copied.parent) is None
+    assert prepare.ready(replace(scifact_spec(), irds="beir/other"), *asked[1:]) is None
+    (copied / "bm25s.jsonl.gz").write_bytes(b"half")
+    assert prepare.ready(*asked) is None
+
+
+def test_a_run_file_that_changed_is_prepared_again(copied):
+    run = copied.parent / "other.trec"
+    run.write_text("q1 Q0 11 1 2.5 x\n")
+    topics, qrels = [Query("q1", "x", (Candidate("11", "y"),))], {"q1": {"11": 1}}
+    facts = {"depth": 100, "source": prepare._source(scifact_spec(), run)}
+    prepared.write(copied, "other", topics, qrels, facts)
+    assert prepare.ready(scifact_spec(), str(run), 100, copied.parent)
+    run.write_text("q1 Q0 12 1 2.5 x\n")
+    assert prepare.ready(scifact_spec(), str(run), 100, copied.parent) is None
+
+
+def test_prepare_says_that_it_skips_and_force_makes_it_again(scifact):
+    line = ("prepare", "-d", "scifact", "--first-stage", "bm25s")
+    out, err = harness(scifact, *line, block="ir_datasets")
+    assert out.strip().endswith("bm25s.jsonl.gz")
+    assert "is there and intact" in err
+    _, err = harness(scifact, *line, "--force", block="ir_datasets", code=3)
+    path = scifact / "data" / "beir_scifact" / "bm25s.jsonl.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    harness(scifact, *line, "-q")
+    assert path.read_bytes() == whole
+
+
+def test_one_set_that_fails_does_not_stop_the_others(scifact):
+    line = ("prepare", "-d", "nfcorpus,scifact", "--first-stage", "bm25s")
+    out, err = harness(scifact, *line, code=4)
+    assert out.strip().endswith("bm25s.jsonl.gz")
+    assert "harness: beir/nfcorpus: " in err
+
+
+# --- downloads ----------------------------------------------------------------------------------
+
+# ir_datasets with another address for SciFact, from where it is really fetched.
+FETCH = """
+import json, pkgutil, sys
+url, md5, *line = json.loads(sys.argv[1])
+shipped = pkgutil.get_data
+
+def get_data(package, name):
+    data = shipped(package, name)
+    if name != "etc/downloads.json":
+        return data
+    table = json.loads(data)
+    table["beir"]["scifact"] |= {"url": url, "expected_md5": md5}
+    return json.dumps(table).encode()
+
+pkgutil.get_data = get_data
+from harness.cli import main
+main(line)
+"""
+
+
+class Flaky(http.server.BaseHTTPRequestHandler):
+    """Breaks off the first answer half way; the rest is had by asking for the range."""
+
+    content, asked = b"", []
+
+    def do_GET(self):
+        start = int((self.headers["Range"] or "bytes=0-")[6:-1])
+        self.asked.append(start)
+        self.send_response(206 if start else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(self.content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-/{len(self.content)}")
+        self.end_headers()
+        half = self.content[: len(self.content) // 2] if len(self.asked) == 1 else self.content
+        self.wfile.write(half[start:])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(scifact, tmp_path):
+    path = tmp_path / "served"
+    path.write_bytes((scifact / "ir" / "beir" / "scifact" / "source.zip").read_bytes())
+    with zipfile.ZipFile(path, "a") as file:  # long enough to break off between two reads
+        file.writestr("scifact/more", random.Random(0).randbytes(1_000_000))
+    Flaky.content, Flaky.asked = path.read_bytes(), []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Flaky) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/scifact.zip"
+        server.shutdown()
+
+
+def fetched(home, url, md5, **extra):
+    line = [url, md5, "prepare", "-d", "scifact", "--first-stage", "bm25s", *extra.pop("flags", ())]
+    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "IR_DATASETS_DL_TRIES": "3"}
+    env |= {"IR_DATASETS_HOME": str(home / "ir"), prepared.VARIABLE: str(home / "data")}
+    return subprocess.run(
+        [sys.executable, "-c", FETCH, json.dumps(line)], env=env, capture_output=True, text=True
+    )
+
+
+def test_a_download_that_breaks_off_goes_on_from_there(server, tmp_path):
+    done = fetched(tmp_path, server, hashlib.md5(Flaky.content).hexdigest())
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = Flaky.asked
+    assert 0 == first < second <= len(Flaky.content) // 2
+    assert "[starting]" in done.stderr or "%" in done.stderr  # progress
+    assert len(topics_of(tmp_path / "data" / "beir_scifact" / "bm25s.jsonl.gz")) == 2
+
+
+def test_a_download_with_a_wrong_checksum_is_an_error_and_leaves_nothing(server, tmp_path):
+    done = fetched(tmp_path, server, "0" * 32, flags=["-q"])
+    assert done.returncode == 5
+    [line] = done.stderr.splitlines()
+    assert line.startswith("harness: beir/scifact: ")
+    assert "00000000" in line
+    assert not list(tmp_path.rglob("*.zip*"))
+    assert not (tmp_path / "data").exists()
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def test_preparing_holds_the_candidates_texts_and_no_others(monkeypatch):
+    """The corpus is read twice, a document at a time; counted are those alive at once."""
+    alive, most = weakref.WeakSet(), [0]
+
+    class Text(str):  # a str cannot be referred to weakly
+        __slots__ = ("__weakref__",)
+
+    def documents(wanted):
+        for n in range(5000):
+            if wanted is None or str(n) in wanted:
+                text = Text(f"word{n} common")
+                alive.add(text)
+                most[0] = max(most[0], len(alive))
+                yield Candidate(str(n), text)
+
+    topics = {str(q): {"text": f"word{q} word{q + 1} word{q + 2}"} for q in range(0, 300, 10)}
+    parts = (topics, {q: {q: 1} for q in topics}, documents)
+    monkeypatch.setitem(libraries.LIBRARIES, "irds", lambda spec: libraries.Library(spec, *parts))
+    raw = libraries.gather(replace(scifact_spec(), family="other"), "bm25s", 2)
+    assert sum(map(len, raw.candidates.values())) == 60
+    assert 60 <= most[0] < 70
+
+
 # --- BRIGHT -------------------------------------------------------------------------------------
 
 REASONS = (
@@ -249,6 +406,18 @@ def test_excluded_documents_of_bright_leave_before_the_cut(bright):
     assert facts["warnings"]["excluded_candidates_removed"] == 1
 
 
+def test_rank_r1s_underscores_find_the_documents_whose_ids_hold_spaces(bright):
+    run = bright / "bm25.leetcode.filtered.trec"
+    run.write_text("0\tQ0\ta/one_two.txt\t1\t2.5\tfiltered\n0\tQ0\ta/three.txt\t2\t1.5\tfiltered\n")
+    out, _ = harness(
+        bright, "prepare", "-d", "leetcode", "--first-stage", run, "--data", bright / "r1"
+    )
+    assert out.strip().endswith("bright_leetcode/bm25.jsonl.gz")
+    topic = topics_of(Path(out.strip()))["0"]
+    assert [c.docid for c in topic.candidates] == ["a/one two.txt", "a/three.txt"]
+    assert topic.candidates[0].text == "moths fly to lamps"
+
+
 def test_a_rewritten_query_finds_other_documents_and_names_the_first_stage(bright):
     line = ("prepare", "-d", "leetcode", "--depth", "2", "-q", "--first-stage")
     harness(bright, *line, "bm25s+gpt4_reason")
@@ -269,23 +438,28 @@ def test_bright_without_pyarrow_says_how_to_install_it(tmp_path):
     assert "'pyarrow' is not installed: pip install" in err
 
 
-def test_a_corpus_too_large_for_bm25s_is_refused(scifact):
-    spec, dataset = scifact_spec(), SimpleNamespace(docs_iter=lambda: docs)
-    docs = (SimpleNamespace(doc_id=str(n), text="x") for n in range(12))
-    with (
-        mock.patch.object(prepare, "SMALL", 10),
-        pytest.raises(UsageError, match="over 10 documents"),
-    ):
-        prepare.RETRIEVERS["bm25s"](spec, dataset, {"q": "x"}, 5)
+def library(topics, qrels, docs=()):
+    """Makes a collection of these documents in place of ir_datasets' of that name."""
+    return lambda spec: libraries.Library(spec, topics, qrels, lambda wanted: iter(docs))
 
 
-def test_lucene_is_asked_for_as_many_more_as_are_excluded():
+def test_a_corpus_too_large_for_bm25s_is_refused(monkeypatch):
+    docs = (Candidate(str(n), "x") for n in range(12))
+    there = library({"q": {"text": "x"}}, {"q": {"1": 1}}, docs)
+    monkeypatch.setattr(libraries, "SMALL", 10)
+    monkeypatch.setitem(libraries.LIBRARIES, "irds", there)
+    with pytest.raises(UsageError, match="over 10 documents"):
+        libraries.gather(scifact_spec(), "bm25s", 5)
+
+
+def test_lucene_is_asked_for_as_many_more_as_are_excluded(monkeypatch):
     """Lucene itself has tests of its own; here its search is replaced."""
     spec = Registry().datasets["bright/leetcode"]
-    query = SimpleNamespace(query_id="0", text="why", default_text=lambda: "why")
-    qrels = {"0": {"good": 1, "bad": -100, "worse": -100}}
+    there = library({"0": {"text": "why"}}, {"0": {"good": 1, "bad": -100, "worse": -100}})
+    monkeypatch.setitem(libraries.LIBRARIES, "irds", there)
+    monkeypatch.setattr(lucene, "documents", lambda index, wanted: iter(()))
     with mock.patch("harness.data.lucene.search", return_value={}) as search:
-        assert prepare._retrieved(spec, None, [query], "bm25", 10, qrels) == {}
+        assert libraries.gather(spec, "bm25", 10).candidates == {"0": []}
     search.assert_called_once_with("bright-leetcode", {"0": "why"}, 13)
 
 

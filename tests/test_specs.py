@@ -148,7 +148,7 @@ def test_a_glob_finds_variants_only_when_it_asks_for_them():
 def test_a_glob_over_datasets_and_one_without_a_match():
     names = [d.name for d in Registry().find_datasets("bright/*")]
     assert len(names) == 12
-    refused(lambda: Registry().find_datasets("brigth/*"), "no dataset matches 'brigth/*'")
+    refused(lambda: Registry().find_datasets("brigth/*"), "unknown dataset 'brigth/*'", "bright")
     refused(lambda: Registry().find_models("rankr1-*x"), "no model matches 'rankr1-*x'")
 
 

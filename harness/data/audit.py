@@ -5,13 +5,24 @@ Owns the audit's figures. It knows neither models nor how a finding is shown.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from harness import measure
+from harness.data import prepared
 from harness.data.sources import Collection
-from harness.types import DatasetSpec, digest
+from harness.types import DataError, DatasetSpec, digest
+
+SCHEMA = 1  # counts up when the same collection would get other figures
+COUNTED = (
+    "queries_without_candidates", "queries_under_depth", "queries_without_judgements",
+    "identical_queries", "candidates_with_empty_text", "duplicate_candidates_removed",
+    "excluded_candidates_removed", "tied_first_stage_scores", "ids_with_white_space",
+)  # fmt: skip
 
 
 def audit(spec: DatasetSpec, collection: Collection, depth: int) -> dict[str, Any]:
@@ -31,6 +42,7 @@ def audit(spec: DatasetSpec, collection: Collection, depth: int) -> dict[str, An
     return {
         "dataset": spec.name,
         "first_stage": collection.first_stage,
+        "first_stage_parameters": collection.stated or None,
         "depth": depth,
         "queries": len(counts),
         "queries_in_the_registry": spec.queries,
@@ -44,11 +56,41 @@ def audit(spec: DatasetSpec, collection: Collection, depth: int) -> dict[str, An
         "judged_documents_no_candidates": len(away),  # which no reranking can reach
         "relevant_documents_no_candidates": sum(grade > 0 for grade in away),
         "errors": _errors(collection, found),
-        "warnings": dict(collection.warnings),
+        "warnings": dict.fromkeys(COUNTED, 0) | dict(collection.warnings),
         "text_sha256": _text_hash(collection),
         "run_sha256": collection.run_sha256,
         "sha256": collection.sha256,
     }
+
+
+def checked(
+    spec: DatasetSpec, collection: Collection, depth: int, limit: int | None = None
+) -> dict[str, Any]:
+    """The audit of what is to be run; kept by content beside the prepared data.
+
+    Raises DataError where running it is pointless; a few queries may well have nothing judged.
+    """
+    state = [SCHEMA, collection.sha256, dict(collection.warnings), asdict(spec), depth]
+    path = prepared.data_folder() / "audits" / f"{digest(state)}.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = audit(spec, collection, depth)
+        with suppress(OSError):  # a folder that cannot be written costs time, not a result
+            path.parent.mkdir(parents=True, exist_ok=True)
+            prepared.replace_file(path, json.dumps(found).encode())
+    if found["errors"] and limit is None:
+        raise DataError(f"{spec.name}: {'; '.join(found['errors'])}")
+    return found
+
+
+def rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One figure a row; those of a table under its name."""
+    out = []
+    for name, value in figures.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        out += [{"figure": f"{name}: {key}" if key else name, "value": v} for key, v in inner]
+    return [row for row in out if row["value"] != []]
 
 
 def measured(

@@ -247,7 +247,8 @@ def read_queries(path: Path) -> dict[str, str]:
     out: dict[str, str] = {}
     for number, line in lines(path):
         with at(path, number):
-            qid, text = _json_query(line) if ".jsonl" in path.suffixes else _tsv_query(line)
+            json_lines = ".jsonl" in path.suffixes
+            qid, text = _json_query(line) if json_lines else _tsv_pair(line, "qid")
             _add(out, qid, text, text)
     return _some(out, "query", path)
 
@@ -257,11 +258,11 @@ def _json_query(line: str) -> tuple[str, str]:
     return _id(record, "_id", "qid", "id"), _field(record, "text", "query")
 
 
-def _tsv_query(line: str) -> tuple[str, str]:
-    qid, tab, text = line.partition("\t")
-    if not tab or not qid.strip():
-        raise ValueError(f"expected `qid<TAB>text`, got {line!r:.80}")
-    return qid.strip(), text
+def _tsv_pair(line: str, what: str) -> tuple[str, str]:
+    name, tab, text = line.partition("\t")
+    if not tab or not name.strip():
+        raise ValueError(f"expected `{what}<TAB>text`, got {line!r:.80}")
+    return name.strip(), text
 
 
 def _add(out: dict[str, Item], qid: str, text: str, item: Item) -> None:
@@ -276,22 +277,30 @@ def _add(out: dict[str, Item], qid: str, text: str, item: Item) -> None:
 
 
 def read_corpus(path: Path, wanted: Container[str] | None = None) -> Iterator[Candidate]:
-    """corpus.jsonl: `_id`/`id`/`docid`, optional `title`, `text`/`contents`/... ; streamed.
+    """corpus.jsonl (`_id`/`id`/`docid`, optional `title`, `text`/`contents`/...) or corpus.tsv
+    (`docid<TAB>text`), or a folder of such files; streamed.
 
     Only documents that are wanted, each once; one id with two texts is an error.
     """
     seen: dict[str, int] = {}
-    for number, record in records(path):
-        with at(path, number):
-            doc = document(record, _id(record, "_id", "id", "docid"))
-            if wanted is not None and doc.docid not in wanted:
-                continue
-            mark = hash((doc.title, doc.text))
-            if seen.get(doc.docid, mark) != mark:
-                raise ValueError(f"document {doc.docid!r} appears twice with different texts")
-        if doc.docid not in seen:
-            yield doc
-        seen[doc.docid] = mark
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        for number, line in lines(file):
+            with at(file, number):
+                tsv = ".tsv" in file.suffixes
+                doc = Candidate(*_tsv_pair(line, "docid")) if tsv else _json_document(line)
+                if wanted is not None and doc.docid not in wanted:
+                    continue
+                mark = hash((doc.title, doc.text))
+                if seen.get(doc.docid, mark) != mark:
+                    raise ValueError(f"document {doc.docid!r} appears twice with different texts")
+            if doc.docid not in seen:
+                yield doc
+            seen[doc.docid] = mark
+
+
+def _json_document(line: str) -> Candidate:
+    record = _object(json.loads(line))
+    return document(record, _id(record, "_id", "id", "docid"))
 
 
 def document(record: Any, docid: str, score: float = 0.0) -> Candidate:

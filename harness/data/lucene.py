@@ -12,8 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import redirect_stderr
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness.data import formats
+from harness.data.formats import Run
 from harness.types import Candidate, DataError, MissingPackageError, MissingResourceError
 
 K1, B = 0.9, 0.4
@@ -43,30 +44,57 @@ def index(corpus: Path, folder: Path, *, seconds: float = TIME_LIMIT) -> None:
 
 def search(
     index: str | Path, topics: Mapping[str, str], depth: int, *, seconds: float = TIME_LIMIT
-) -> dict[str, list[Candidate]]:
-    """BM25 (k1=0.9, b=0.4) over a local index or pyserini's prebuilt one of that name.
+) -> Run:
+    """BM25 (k1=0.9, b=0.4) over a local index or pyserini's prebuilt one of that name; no texts.
 
     Every query has an entry, empty when nothing matches. Scores are those of Anserini's searcher:
     four decimals, equal ones set apart by 1e-6 in the order of their docids where a float can.
     """
+    rows = ({"qid": qid, "text": text} for qid, text in topics.items())
+    found = _ask({"search": _place(index), "depth": depth}, rows, seconds)
+    return {r["qid"]: [Candidate(d, "", "", score) for d, score in r["hits"]] for r in found}
+
+
+def documents(
+    index: str | Path, wanted: Iterable[str], *, seconds: float = TIME_LIMIT
+) -> Iterator[Candidate]:
+    """The documents of these ids that an index stores, with their texts."""
+    rows = ({"docid": docid} for docid in wanted)
+    for line, row in enumerate(_ask({"documents": _place(index)}, rows, seconds), 1):
+        with formats.at(Path(index), line):
+            yield formats.document(json.loads(row["raw"] or "{}"), row["docid"])
+
+
+def topics(name: str) -> dict[str, str]:
+    """Anserini's queries of that name, which it fetches once."""
+    return {row["qid"]: row["text"] for row in _ask({"topics": name}, (), TIME_LIMIT)}
+
+
+def qrels(name: str) -> dict[str, dict[str, int]]:
+    """Anserini's judgements of that name, which it fetches once."""
+    [row] = _ask({"qrels": name}, (), TIME_LIMIT)
+    return formats.read_qrels(Path(row["path"]))
+
+
+def _place(index: str | Path) -> str:
+    """A folder, or the name of a prebuilt index."""
     local = Path(index).is_dir()
     if not local and (isinstance(index, Path) or Path(index).name != index):
         raise MissingResourceError(f"{index}: no such folder")
-    place = str(Path(index).resolve()) if local else str(index)
+    return str(Path(index).resolve()) if local else str(index)
+
+
+def _ask(
+    job: Mapping[str, Any], rows: Iterable[Mapping[str, str]], seconds: float
+) -> Iterator[dict[str, Any]]:
+    """What a job of its own process answers to these rows, one by one."""
     with TemporaryDirectory() as work:
-        asked, found = Path(work, "topics.jsonl"), Path(work, "found.jsonl")
+        asked, found = Path(work, "asked.jsonl"), Path(work, "found.jsonl")
         with asked.open("w", encoding="ascii") as file:
-            file.writelines(json.dumps({"qid": q, "text": t}) + "\n" for q, t in topics.items())
-        job = {"index": place, "local": local, "topics": str(asked), "found": str(found)}
-        _run({**job, "depth": depth}, Path(work), seconds)
-        documents: dict[str, Candidate] = {}
-        out: dict[str, list[Candidate]] = {}
-        for line, row in formats.records(found):
-            for name, stored in row["new"].items():
-                with formats.at(Path(index), line):
-                    documents[name] = formats.document(stored, name)
-            out[row["qid"]] = [replace(documents[name], score=s) for name, s in row["hits"]]
-        return out
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        _run({**job, "asked": str(asked), "found": str(found)}, Path(work), seconds)
+        for _, row in formats.records(found):
+            yield row
 
 
 def java_home() -> Path:
@@ -97,11 +125,12 @@ def _run(job: Mapping[str, Any], work: Path, seconds: float) -> None:
     environment.pop("JVM_PATH", None)  # would win over JAVA_HOME
     command = [sys.executable, "-m", "harness.data.lucene", json.dumps(job)]
     quiet, log = subprocess.DEVNULL, work / "log"
+    bars = os.dup(2) if sys.stderr.isatty() else os.open(os.devnull, os.O_WRONLY)
     try:
         with log.open("wb") as err:
             subprocess.run(
-                command, stdin=quiet, stdout=quiet, stderr=err, env=environment,
-                timeout=seconds, check=True,
+                [*command, str(bars)], stdin=quiet, stdout=quiet, stderr=err, env=environment,
+                timeout=seconds, check=True, pass_fds=[bars],
             )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise MissingResourceError(f"Lucene was stopped after {seconds:g} s") from error
@@ -114,6 +143,8 @@ def _run(job: Mapping[str, Any], work: Path, seconds: float) -> None:
         known = kind == f"{MissingResourceError.__module__}.MissingResourceError"
         status = f"Lucene failed with exit status {error.returncode}: {message or kind}"
         raise MissingResourceError(message if known else status) from error
+    finally:
+        os.close(bars)
 
 
 # --- in the child -----------------------------------------------------------------------------
@@ -153,28 +184,55 @@ def _documents(corpus: Path) -> Iterator[str]:
             yield json.dumps(fields)
 
 
-def _search(job: Mapping[str, Any]) -> None:
-    fetch = import_module("pyserini.util").download_prebuilt_index
-    place = job["index"] if job["local"] else fetch(job["index"], verbose=False)
+def _searcher(place: str) -> Any:
+    """A searcher; a prebuilt index is fetched first, with a bar, and its checksum compared."""
+    if not Path(place).is_dir():
+        fetch = import_module("pyserini.util").download_prebuilt_index
+        with os.fdopen(int(sys.argv[2]), "w") as bars, redirect_stderr(bars):
+            place = fetch(place, verbose=False)
     lucene, jnius = import_module("pyserini.search.lucene"), import_module("jnius")
     # A query of more than 1,024 different words would be refused.
     jnius.autoclass("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(2**31 - 1)
-    seen: set[str] = set()
     searcher = lucene.LuceneSearcher(place)
     searcher.set_bm25(k1=K1, b=B)
+    return searcher
+
+
+def _search(job: Mapping[str, Any], rows: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    searcher = _searcher(job["search"])
+    for batch in _batches(rows):
+        names, texts = [str(n) for n in range(len(batch))], [row["text"] for row in batch]
+        answers = searcher.batch_search(texts, names, k=job["depth"], threads=THREADS)
+        for name, row in zip(names, batch):
+            yield {"qid": row["qid"], "hits": [(h.docid, h.score) for h in answers[name]]}
+
+
+def _documents_of(job: Mapping[str, Any], rows: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    searcher = _searcher(job["documents"])
+    for row in rows:
+        if stored := searcher.doc(row["docid"]):
+            yield {**row, "raw": stored.raw()}
+
+
+def _topics(job: Mapping[str, Any], rows: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    """In the order of their numbers: the map that they come in has none."""
+    found = import_module("pyserini.search").get_topics(job["topics"])
+    texts = {str(qid): topic["title"] for qid, topic in found.items()}
+    return ({"qid": qid, "text": texts[qid]} for qid in sorted(texts, key=lambda q: (len(q), q)))
+
+
+def _qrels(job: Mapping[str, Any], rows: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    yield {"path": import_module("pyserini.search").get_qrels_file(job["qrels"])}
+
+
+ANSWERS = {"search": _search, "documents": _documents_of, "topics": _topics, "qrels": _qrels}
+
+
+def _answer(job: Mapping[str, Any]) -> None:
+    rows = (row for _, row in formats.records(Path(job["asked"])))
+    [answers] = [answers for task, answers in ANSWERS.items() if task in job]
     with Path(job["found"]).open("w", encoding="ascii") as file:
-        for batch in _batches(topic for _, topic in formats.records(Path(job["topics"]))):
-            names, texts = [str(n) for n in range(len(batch))], [t["text"] for t in batch]
-            answers = searcher.batch_search(texts, names, k=job["depth"], threads=THREADS)
-            for name, topic in zip(names, batch):
-                new = [hit for hit in answers[name] if hit.docid not in seen]
-                seen.update(hit.docid for hit in new)
-                row = {
-                    "qid": topic["qid"],
-                    "hits": [(hit.docid, hit.score) for hit in answers[name]],
-                    "new": {h.docid: json.loads(h.lucene_document.get("raw") or "{}") for h in new},
-                }
-                file.write(json.dumps(row) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in answers(job, rows))
 
 
 def _batches(rows: Iterator[Any]) -> Iterator[list[Any]]:
@@ -184,4 +242,4 @@ def _batches(rows: Iterator[Any]) -> Iterator[list[Any]]:
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     _start_java()
-    _index(Path(job["corpus"]), job["folder"]) if "corpus" in job else _search(job)
+    _index(Path(job["corpus"]), job["folder"]) if "corpus" in job else _answer(job)

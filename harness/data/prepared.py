@@ -59,15 +59,15 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{first_stage.replace('/', '_')}.jsonl.gz"
     rows = "".join(json.dumps(request(query), ensure_ascii=False) + "\n" for query in queries)
-    _replace(path, gzip.compress(rows.encode(), 6, mtime=0))
+    replace_file(path, gzip.compress(rows.encode(), 6, mtime=0))
     judged = [(qid, docid, grade) for qid, rels in qrels.items() for docid, grade in rels.items()]
     lines = (f"{qid}\t0\t{docid}\t{grade}\n" for qid, docid, grade in judged)
-    _replace(folder / QRELS, "".join(lines).encode())
+    replace_file(folder / QRELS, "".join(lines).encode())
     known = _facts(folder)
-    known["qrels_sha256"] = _sha256(folder / QRELS)
-    known["first_stages"][first_stage] = {"file": path.name, "sha256": _sha256(path), **facts}
+    known["qrels_sha256"] = sha256(folder / QRELS)
+    known["first_stages"][first_stage] = {"file": path.name, "sha256": sha256(path), **facts}
     text = json.dumps(known, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-    _replace(folder / FACTS, text.encode())
+    replace_file(folder / FACTS, text.encode())
     return path
 
 
@@ -82,9 +82,9 @@ def read(folder: Path, first_stage: str | None, usual: str) -> Prepared | None:
     name = first_stage or (usual if usual in stages else only)
     if name not in stages:
         return None
-    path = folder / stages[name]["file"]
+    path = folder / Path(stages[name]["file"]).name
     for file, expected in ((path, stages[name]["sha256"]), (folder / QRELS, facts["qrels_sha256"])):
-        if (got := _sha256(file)) != expected:
+        if (got := sha256(file)) != expected:
             raise DataError(
                 f"expected SHA-256 {expected}, got {got}: prepare the dataset again", path=file
             )
@@ -104,7 +104,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """The file appears whole or not at all."""
     work = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
@@ -114,7 +114,7 @@ def _replace(path: Path, content: bytes) -> None:
         work.unlink(missing_ok=True)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     if not path.is_file():
         raise MissingResourceError(f"{path}: was prepared and is gone: prepare the dataset again")
     with path.open("rb") as file:
