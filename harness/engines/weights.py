@@ -18,7 +18,7 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -135,14 +135,24 @@ def load_tokenizer(base: Located) -> Any:
 
 
 _kept: dict[tuple[Any, ...], Any] = {}  # the last model of this process, if any
+LETTING_GO: list[Callable[[], None]] = []  # for each other engine that may hold weights: its way
+
+
+def release() -> None:
+    """Drop the kept model, and the GPU memory that torch keeps for the next one."""
+    import torch
+
+    _kept.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def load_model(base: Located, adapter: Located | None, mode: str, device: str, dtype: str) -> Any:
     """The weights, kept while the next engine asks for the same ones. Never two at a time."""
     key = (base, adapter, mode, device, dtype)
     if key not in _kept:
-        _kept.clear()
-        gc.collect()
+        for let_go in (release, *LETTING_GO):
+            let_go()
         with _loading(base.path):
             model = _base_model(base, dtype)
             if adapter is not None:
@@ -172,9 +182,39 @@ def _adapted(model: Any, adapter: Located, mode: str) -> Any:
     warnings.filterwarnings("error", message="Found missing adapter keys")
     try:
         model = PeftModel.from_pretrained(model, adapter.path, revision=adapter.revision)
-    except UserWarning as warning:
-        raise ValueError(f"{adapter.path} does not fit it: {first_line(warning)}") from None
+    except (UserWarning, RuntimeError) as problem:  # a RuntimeError: of another shape
+        raise ValueError(f"{adapter.path} does not fit it: {first_line(problem)}") from None
     return model.merge_and_unload() if mode == "merged" else model
+
+
+@lru_cache(maxsize=64)
+def fitting_adapter(base: Located, adapter: Located) -> str:
+    """The local folder of an adapter (one from the hub is fetched first) that fits the base.
+
+    vLLM silently leaves out what does not fit, so peft tries it on a base without weights.
+    """
+    import torch
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = adapter.path
+    with _loading(adapter.path):
+        if not Path(folder).is_dir():
+            folder = str(snapshot_download(folder, revision=adapter.revision))
+    with _loading(base.path), torch.device("meta"):
+        config = AutoConfig.from_pretrained(_folder(base), revision=base.revision)
+        _adapted(AutoModelForCausalLM.from_config(config), adapter, "unmerged")
+    return folder
+
+
+def merged_folder(base: Located, adapter: Located, dtype: str) -> str:
+    """A folder with the base in that dtype and the adapter merged into it, made on first use."""
+    key = digest([base.identity, adapter.identity, dtype])
+    folder = cache_folder() / "models" / f"merged-{key[:16]}"
+    if not folder.is_dir():
+        with _loading(base.path):
+            _save(folder, _adapted(_base_model(base, dtype), adapter, "merged"))
+    return str(folder)
 
 
 def _folder(base: Located) -> str:
@@ -183,26 +223,32 @@ def _folder(base: Located) -> str:
 
     folder = Path(base.path)
     if base.gguf and not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         gguf = {"pretrained_model_name_or_path": base.gguf.parent, "gguf_file": base.gguf.name}
         plain = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
         model = AutoModelForCausalLM.from_pretrained(**gguf, **plain)
-        tokenizer = AutoTokenizer.from_pretrained(**gguf)
-        with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as whole:
-            model.save_pretrained(whole)
-            tokenizer.save_pretrained(whole)
-            with contextlib.suppress(OSError):  # another process was first
-                Path(whole).rename(folder)
+        _save(folder, model, AutoTokenizer.from_pretrained(**gguf))
     return base.path
+
+
+def _save(folder: Path, *parts: Any) -> None:
+    """Save a model, and its tokenizer, into a folder that is whole or not there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as whole:
+        for part in parts:
+            part.save_pretrained(whole)
+        with contextlib.suppress(OSError):  # another process was first
+            Path(whole).rename(folder)
 
 
 @contextlib.contextmanager
 def _loading(what: str) -> Iterator[None]:
     """Name what failed; show no progress bar, no warning and no log line below an error."""
+    import huggingface_hub as hub
     import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    hub.logging.set_verbosity_error()
     try:
         # Some progress bars have no switch: they write to whatever stderr is.
         with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):

@@ -64,7 +64,7 @@ class Judge:
             winner = group.index(order[parsed.order[0]]) if parsed.order else None
             if retry:
                 parsed = replace(parsed, faults=(*parsed.faults, Fault.RETRIED))
-            self.log.append(replace(parsed, changed=bool(winner)))
+            self.log.append(Parsed(parsed.order, parsed.faults, parsed.score, bool(winner)))
             out.append(winner)
         return out
 
@@ -75,7 +75,7 @@ class Judge:
         self.asked[members] += 1
         if not self.shuffle:
             return list(group)
-        docids = ",".join(sorted(self.query.candidates[i].docid for i in members))
+        docids = ",".join(sorted([self.query.candidates[i].docid for i in members]))
         rng = Random(f"{self.seed}:{self.query.dataset}:{self.query.qid}:{docids}:{occurrence}")
         return rng.sample(list(members), len(members))
 
@@ -84,8 +84,8 @@ class Judge:
 
     def _majority(self, votes: list[int], group: list[int]) -> int | None:
         """The position with most votes; a tie goes to the better first-stage document."""
-        if not votes:
-            return None
+        if len(votes) < 2:
+            return votes[0] if votes else None
         counts = Counter(votes)
         return max(counts, key=lambda v: (counts[v], -group[v]))
 
