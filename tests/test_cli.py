@@ -483,11 +483,31 @@ def test_plan_asks_nothing_and_stores_nothing(place):
         place, [f"plan {line} --format json", f"run {line} -q", f"plan {line} --format json"]
     )
     assert run.code == 0
-    rows, again = json.loads(before.out), json.loads(after.out)
+    rows, again = json.loads(before.out)["cells"], json.loads(after.out)["cells"]
     assert [r["state"] for r in rows] == ["planned", "planned"]
     assert [r["state"] for r in again] == ["complete", "complete"]
     assert rows[0]["calls"] > 0
     assert [r["cached"] for r in rows] == [0, 0]
+
+
+def test_a_budget_of_gpu_hours_is_checked_before_anything_runs(place):
+    line = "-m rank-r1-7b,random -d small --engine fake --results out"
+    expected = {
+        f"run {line} --gpu H200 --max-gpu-hours 0": (2, "GPU-hours on h200; --max-gpu-hours is 0"),
+        f"plan {line} --gpu h20": (2, "unknown GPU 'h20' (did you mean h200"),
+    }
+    refused(place, expected)
+    assert not (place / "out/small").exists()
+    allowed, free = together(
+        place,
+        [
+            f"plan {line} --gpu a100 --max-gpu-hours 1",
+            "run -m random -d small --results out -q --max-gpu-hours 0",
+        ],
+    )
+    assert (allowed.code, free.code) == (0, 0)
+    assert [row.split()[0] for row in allowed.out.splitlines()[1:]] == ["small", "small", "total"]
+    assert "a100_hours" in allowed.out.splitlines()[0]
 
 
 def test_a_run_killed_while_writing_leaves_no_half_cell(place):

@@ -15,15 +15,18 @@ PACKAGE = ROOT / "harness"
 # A module may import modules of a lower number, and those its own entry names.
 LAYERS: dict[str, int] = {
     "types": 0,
-    "parse": 1, "prompts": 1, "specs": 1, "measure": 1, "stats": 1, "env": 1, "published": 1,
+    "parse": 1, "prompts": 1, "specs": 1, "measure": 1, "stats": 1, "env": 1, "published": 1, "costs": 1, "flops": 1,
     "rerank": 2, "engines": 2, "data": 2, "cache": 2, "store": 2,
-    "schedule": 3,
+    "schedule": 3, "budget": 3,
     "cell": 4,
-    "report": 5, "plan": 5, "exchange": 5,
+    "report": 5, "matrix": 5, "plan": 5, "forecast": 5, "exchange": 5, "gate": 5, "flips": 5,
     "listing": 5,
     "cli": 6, "__main__": 7,
 }  # fmt: skip
-BESIDE = {"prompts": {"parse"}, "specs": {"prompts"}, "published": {"specs"}}
+BESIDE = {
+    "prompts": {"parse"}, "specs": {"prompts"}, "published": {"specs"}, "flops": {"specs"},
+    "costs": {"flops"}, "forecast": {"matrix"}, "gate": {"plan"},
+}  # fmt: skip
 APART = {
     "rerank": {"engines", "report", "data", "cache", "store"},
     "engines": {"rerank", "report", "data", "prompts", "parse", "specs", "cache", "store"},

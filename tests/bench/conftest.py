@@ -56,6 +56,12 @@ def thousand_units() -> None:
         sha256(TEN_KB).digest()
 
 
+def interleaved(a: Callable[[], Any], b: Callable[[], Any], rounds: int = 9) -> tuple[float, float]:
+    """The least seconds of each, their rounds A, B, A, B in this process."""
+    pairs = [(seconds(a), seconds(b)) for _ in range(rounds)]
+    return min(x for x, _ in pairs), min(y for _, y in pairs)
+
+
 @pytest.fixture
 def paired(benchmark: Any) -> Callable[..., tuple[float, float]]:
     """(A, B): the least seconds of each, their rounds interleaved A, B, A, B in this process."""
