@@ -195,7 +195,7 @@ class Cache:
         for key, completion in items:
             if key not in known:
                 known.add(key)
-                value = _encode(dict(zip(_FIELDS, _values(completion))))
+                value = _encoded(completion)
                 rows.append((key, value, _crc(value), now))
         self._db.executemany("INSERT OR REPLACE INTO calls VALUES (?,?,?,?)", rows)
 
@@ -269,10 +269,15 @@ def _crc(text: str) -> int:
     return zlib.crc32(text.encode("utf-8", "surrogatepass"))
 
 
-_FIELDS = [f.name for f in fields(Completion)]
-_KNOWN = frozenset(_FIELDS)
-_values = attrgetter(*_FIELDS)  # asdict copies, ten times as slow
-_encode = json.JSONEncoder(separators=(",", ":")).encode
+_DEFAULTS = {f.name: f.default for f in fields(Completion)}
+_values = attrgetter(*_DEFAULTS)  # asdict copies, ten times as slow
+_json, _read = json.JSONEncoder(separators=(",", ":")).encode, json.JSONDecoder().raw_decode
+
+
+def _encoded(completion: Completion) -> str:
+    """As JSON; what has its default value goes without saying."""
+    pairs = zip(_DEFAULTS.items(), _values(completion))
+    return _json({name: value for (name, default), value in pairs if value != default})
 
 
 def _decode(value: Any, crc: Any) -> Completion | None:
@@ -280,10 +285,11 @@ def _decode(value: Any, crc: Any) -> Completion | None:
     if not isinstance(value, bytes) or zlib.crc32(value) != crc:
         return None
     try:
-        row = json.loads(str(value, "ascii"))
+        row, _ = _read(str(value, "ascii"))
     except ValueError:
         return None
-    if not isinstance(row, dict) or not row.keys() <= _KNOWN:
+    if not isinstance(row, dict) or not row.keys() <= _DEFAULTS.keys():
         return None
-    row["scores"] = tuple(row.get("scores", ()))
+    if "scores" in row:
+        row["scores"] = tuple(row["scores"])
     return Completion(**row)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from harness.types import RegistryError
@@ -77,7 +78,7 @@ def per_query(
     parsed = {str(m): m for m in map(parse_measure, measures)}
     out = {name: dict.fromkeys(qids, 0.0) for name in parsed}
     places = {id(m): out[name] for name, m in parsed.items()}  # a measure's own hash is slow
-    wanted = {qid: dict(qrels[qid]) for qid in qids if qid in qrels}
+    wanted = {q: r if isinstance(r := qrels[q], dict) else dict(r) for q in qids if q in qrels}
     found = {qid: _untied(run[qid]) for qid in wanted if run.get(qid)}
     if found:
         for metric in _pipeline().iter_calc(list(parsed.values()), wanted, found):
@@ -92,11 +93,16 @@ def _untied(scores: Mapping[str, float]) -> dict[str, float]:
 
     Providers break ties in different ways (RR@10 by docid ascending); without ties they agree.
     """
-    if list(scores.values()) == list(range(len(scores), 0, -1)):  # ours always are
-        return dict(scores)
+    if list(scores.values()) == _falling(len(scores)):  # ours always are
+        return scores if isinstance(scores, dict) else dict(scores)
     single = array("f", scores.values())
     order = sorted(zip(single, scores), reverse=True)
     return {docid: float(len(order) - i) for i, (_, docid) in enumerate(order)}
+
+
+@lru_cache(maxsize=256)
+def _falling(count: int) -> list[float]:
+    return [float(n) for n in range(count, 0, -1)]
 
 
 def mean(values: Mapping[str, float]) -> float:

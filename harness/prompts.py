@@ -117,15 +117,15 @@ class Prompt:
             raise DataError(
                 f"prompt {self.name} has labels for {self.most} passages, {len(shown)} were shown"
             )
-        lines = _lines(self.passage, shown)
         values = {
             "query": query.text,
-            "docs": self.separator.join(lines),
+            "docs": _listed(self.passage, self.separator, shown),
             "count": str(len(shown)),
             "text": shown[0].text if shown else "",
         }
         filled = [
-            Message(turn.role, fill(turn.content, values | own)) for turn, own in self._turns(shown)
+            Message(turn.role, fill(turn.content, values | own if own else values))
+            for turn, own in self._turns(shown)
         ]
         return Request(
             messages=tuple(filled),
@@ -137,7 +137,7 @@ class Prompt:
             stop=self.stop,
             labels=self._scored_labels(len(shown)),
             continuation=fill(self.continuation, values) if self.continuation else None,
-            shown=tuple(c.docid for c in shown),
+            shown=tuple([c.docid for c in shown]),
         )
 
     def parse(self, completion: Completion, count: int) -> Parsed:
@@ -222,18 +222,22 @@ def _labels(label: str, count: int) -> tuple[str, ...]:
     return tuple(fill(label, _numbers(n)) for n in range(1, count + 1))
 
 
-def _lines(template: str, shown: Sequence[Candidate]) -> list[str]:
-    """One line a passage; what its number decides is filled in once for all prompts."""
-    frames = _frames(template, len(shown))
-    if all(len(frame) == 3 and frame[1] == "text" for frame in frames):  # nearly every format
-        return [f"{head}{c.text}{tail}" for (head, _, tail), c in zip(frames, shown)]
-    texts = [{"text": c.text, "title": c.title} for c in shown]
-    return [fill(template, {**_numbers(n), **own}) for n, own in enumerate(texts, 1)]
+def _listed(passage: str, separator: str, shown: Sequence[Candidate]) -> str:
+    """One line a passage; what their numbers decide is filled in once for all prompts."""
+    parts = _sheet(passage, separator, len(shown)).copy()
+    names = parts[1::2]
+    if names == ["text"] * len(shown):  # nearly every wire format
+        parts[1::2] = [c.text for c in shown]
+    else:
+        each = [c for c in shown for _ in range(len(names) // len(shown))]
+        texts = [{"text": c.text, "title": c.title} for c in each]
+        parts[1::2] = [own.get(name, f"{{{name}}}") for own, name in zip(texts, names)]
+    return "".join(parts)
 
 
 @lru_cache(maxsize=1024)
-def _frames(template: str, count: int) -> list[list[str]]:
-    return [_split(fill(template, _numbers(n))) for n in range(1, count + 1)]
+def _sheet(passage: str, separator: str, count: int) -> list[str]:
+    return _split(separator.join(fill(passage, _numbers(n)) for n in range(1, count + 1)))
 
 
 _split = lru_cache(maxsize=1024)(_PLACEHOLDER.split)  # text, name, text, name, ..., text
@@ -241,7 +245,10 @@ _split = lru_cache(maxsize=1024)(_PLACEHOLDER.split)  # text, name, text, name, 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
     """Replace the known placeholders in one pass; what was filled in is not looked at again."""
-    parts = list(_split(template))
+    parts = _split(template)
+    if len(parts) == 1:
+        return template
+    parts = parts.copy()  # the cached ones stay as they are
     parts[1::2] = [values.get(name, f"{{{name}}}") for name in parts[1::2]]
     return "".join(parts)
 

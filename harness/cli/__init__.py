@@ -14,7 +14,8 @@ from harness.cli.base import FLAG_ALIASES, app, complain
 from harness.types import HarnessError, Interrupted
 
 IN_ORDER = (  # of --help
-    "running", "looking", "datasets", "reporting", "papers", "gating", "auditing", "serving", "caching",
+    "running", "looking", "datasets", "reporting", "papers", "gating", "auditing", "serving",
+    "caching",
 )  # fmt: skip
 for _module in IN_ORDER:
     import_module(f"harness.cli.{_module}")

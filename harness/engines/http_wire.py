@@ -177,10 +177,10 @@ class Post:
     def _text(self, choice: Mapping[str, Any]) -> str:
         """The whole answer: a thought that came in a field of its own, the prefill, the text."""
         if "prompt" in self.body:
-            text = self.request.prefill + choice["text"]
+            text = self.request.prefill + str(choice["text"])
         else:
             message = choice["message"]
-            text = message.get("content") or ""
+            text = str(message.get("content") or "")
             if not text.startswith(self.request.prefill):
                 raise EngineError(
                     "the server does not go on from a given beginning of an answer"
@@ -190,7 +190,7 @@ class Post:
                 ended = text or choice.get("finish_reason") != "length"
                 text = f"<think>{thought}{'</think>' if ended else ''}{text}"
         stop = choice.get("stop_reason")  # vLLM's; where the server left it out of the text
-        return text + stop if stop in self.request.stop and not text.endswith(stop) else text
+        return text + str(stop) if stop in self.request.stop and not text.endswith(stop) else text
 
     def _labels(self, choice: Mapping[str, Any]) -> tuple[float, ...]:
         """Log-probability of every label where the last token was chosen."""

@@ -39,11 +39,11 @@ class Judge:
 
     def best(self, sets: list[list[int]]) -> Asking[list[int]]:
         """For each set of candidate numbers, the position in the set of the one that wins."""
-        votes = yield from self._vote([group for group in sets for _ in range(self.permutations)])
-        winners: list[int | None] = []
-        for i, group in enumerate(sets):
-            cast = votes[i * self.permutations : (i + 1) * self.permutations]
-            winners.append(self._majority([v for v in cast if v is not None], group))
+        times = self.permutations
+        winners = yield from self._vote([group for group in sets for _ in range(times)])
+        if times > 1:
+            cast = [winners[i : i + times] for i in range(0, len(winners), times)]
+            winners = [self._majority(votes, group) for votes, group in zip(cast, sets)]
         again = [i for i, w in enumerate(winners) if w is None] if self._retries else []
         if again:
             retried = yield from self._vote([sets[i] for i in again], retry=True)
@@ -70,11 +70,11 @@ class Judge:
 
     def _order(self, group: list[int]) -> list[int]:
         """The set in the order shown: shuffled by (seed, dataset, qid, documents, occurrence)."""
+        if not self.shuffle:
+            return list(group)
         members = tuple(sorted(group))
         occurrence = self.asked[members]
         self.asked[members] += 1
-        if not self.shuffle:
-            return list(group)
         docids = ",".join(sorted([self.query.candidates[i].docid for i in members]))
         rng = Random(f"{self.seed}:{self.query.dataset}:{self.query.qid}:{docids}:{occurrence}")
         return rng.sample(list(members), len(members))
@@ -82,12 +82,10 @@ class Judge:
     def _candidates(self, order: list[int]) -> list[Candidate]:
         return [self.query.candidates[i] for i in order]
 
-    def _majority(self, votes: list[int], group: list[int]) -> int | None:
+    def _majority(self, votes: list[int | None], group: list[int]) -> int | None:
         """The position with most votes; a tie goes to the better first-stage document."""
-        if len(votes) < 2:
-            return votes[0] if votes else None
-        counts = Counter(votes)
-        return max(counts, key=lambda v: (counts[v], -group[v]))
+        counts = Counter(v for v in votes if v is not None)
+        return max(counts, key=lambda v: (counts[v], -group[v]), default=None)
 
     def _fallback(self, group: list[int]) -> int:
         """root: the published rule. Otherwise the best first-stage document of the set: during

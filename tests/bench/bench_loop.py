@@ -136,14 +136,15 @@ def rendered_flows(count: int = 43) -> Iterator[tuple[str, Flow]]:
 
 
 @lru_cache(maxsize=64)
-def chain_of(query: Query) -> tuple[Request, ...]:
+def chain_of(number: int) -> tuple[Request, ...]:
+    query = queries(43)[number]
     many = [query.candidates[i : i + 20] for i in range(0, 80, 4)]
     return tuple(SETWISE.render(query, shown) for shown in many)
 
 
 def rendered(query: Query) -> Flow:
     parsed = []
-    for request in chain_of(query):
+    for request in chain_of(int(query.qid[1:])):
         [answer] = yield [request]
         parsed.append(SETWISE.parse(answer, 20))
     return query.ranking(range(len(query.candidates)), parsed)
