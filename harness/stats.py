@@ -260,7 +260,7 @@ CORRECTIONS: dict[str, Callable[[Sequence[float]], list[float]]] = {
 Field = Sequence[Sequence[Sequence[float]]]  # datasets x systems x queries
 
 
-def tukey(field: Field, permutations: int = 10_000, seed: int = DEFAULT_SEED) -> Any:
+def tukey(field: Field, permutations: int = 5_000, seed: int = DEFAULT_SEED) -> Any:
     """Randomised Tukey HSD (Carterette 2012): p of every pair of systems, systems x systems.
 
     Queries are blocks: their values are permuted among the systems, and a pair's difference is

