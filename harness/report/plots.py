@@ -209,7 +209,7 @@ def _scale(axes: Any, panel: _Panel) -> None:
     else:
         pad = 0.12 * (max(xs) - min(xs)) or max(0.1 * max(xs), 0.5)
         axes.set_xlim(min(xs) - pad, max(xs) + 3 * pad)  # the baselines are named at the right
-    axes.xaxis.set_major_formatter(lambda v, _: f"{v:,.6g}" if 0 <= v < 1e7 else f"{v:.3g}")
+    axes.xaxis.set_major_formatter(lambda v, _: f"{v:,.6g}" if 0 <= v < 1e7 else f"{v / 1e9:,.6g}G")
 
 
 def _reference(axes: Any, name: str, y: float) -> None:
