@@ -153,25 +153,37 @@ def sign_flip(a: Sequence[float], b: Sequence[float], seed: int = DEFAULT_SEED) 
 
 def macro_sign_flip(pairs: Sequence[Pair], seed: int = DEFAULT_SEED) -> float:
     """The same test of the mean over several datasets' mean differences."""
+    return sign_flips([pairs], seed)[0]
+
+
+def sign_flips(tests: Sequence[Sequence[Pair]], seed: int = DEFAULT_SEED) -> list[float]:
+    """macro_sign_flip of each; tests over equally many queries see the same flips, drawn once."""
     import numpy as np
 
-    return _flipped(
-        np.concatenate(_weighted([_differences(a, b) for a, b in pairs])).tobytes(), seed
-    )
+    weighted = [_weighted([_differences(a, b) for a, b in pairs]) for pairs in tests]
+    rows = [np.concatenate(strata).tobytes() for strata in weighted]
+    for size in {len(row) for row in rows}:
+        new = tuple({r: None for r in rows if len(r) == size and (r, seed) not in _KNOWN})
+        _KNOWN.update({(r, seed): p for r, p in zip(new, _flipped(new, seed) if new else ())})
+    return [_KNOWN[row, seed] for row in rows]
 
 
-@cache  # a report asks for the same test in several tables
-def _flipped(differences: bytes, seed: int) -> float:
+_KNOWN: dict[tuple[bytes, int], float] = {}  # a report asks for the same test in several tables
+
+
+def _flipped(rows: Sequence[bytes], seed: int) -> list[float]:
+    """p of every row of differences; all rows are equally long."""
     import numpy as np
 
-    d = np.frombuffer(differences)
+    d = np.array([np.frombuffer(row) for row in rows]).T  # queries x tests
     flips, size = 100_000 if len(d) <= 200 else 10_000, max(1, CHUNK // len(d))
-    rng, extreme = np.random.Generator(np.random.PCG64(seed)), 0
+    rng, sums = np.random.Generator(np.random.PCG64(seed)), d.sum(axis=0)
+    extreme = np.zeros(len(rows), dtype=int)
     for done in range(0, flips, size):
         bits = rng.integers(0, 256, (min(size, flips - done), -(-len(d) // 8)), np.uint8)
         kept = np.unpackbits(bits, axis=1, count=len(d))  # 1: its sign stays, 0: it is flipped
-        extreme += int(np.sum(np.abs(kept @ (2 * d) - d.sum()) >= abs(d.sum()) - TIE))
-    return (extreme + 1) / (flips + 1)
+        extreme += np.sum(np.abs(kept @ (2 * d) - sums) >= np.abs(sums) - TIE, axis=0)
+    return [(int(count) + 1) / (flips + 1) for count in extreme]
 
 
 def _weighted(strata: Sequence[Any]) -> list[Any]:

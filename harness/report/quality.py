@@ -220,7 +220,7 @@ def _tests(sheet: Sheet) -> Tests:
 
 
 def _daggers(tests: Tests, layout: Layout) -> dict[Key, str]:
-    p_values = [stats.macro_sign_flip(pairs) for pairs in tests.values()]
+    p_values = stats.sign_flips(list(tests.values()))
     adjusted = stats.CORRECTIONS[layout.correction](p_values)
     return {key: tables.SIGNIFICANT for key, p in zip(tests, adjusted) if p < ALPHA}
 
