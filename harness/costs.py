@@ -173,8 +173,10 @@ class Clock:
     def breakdown(self, outcomes: Sequence[Outcome], load: float | None) -> dict[str, Any]:
         """Seconds of this run by part; load is None where the engine does not tell.
 
-        wait: blocked for answers, without the load if it is known. queued, prefill, decode: as the
-        engine recorded them for this run's calls, added up; calls queue at the same time.
+        wait: blocked for answers, without the load if it is known. tokenise: passages are cut in
+        the loop, prompts tokenised in a thread of the engine's while the loop goes on or waits.
+        queued, prefill, decode: as the engine recorded them for this run's calls, added up; calls
+        queue at the same time.
         """
         fresh = [c.completion for o in outcomes for c in o.calls if not c.from_cache]
         parts = {name: self.parts[name] for name in PARTS}

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,8 @@ def environment() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     out = {}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return out
 
 
@@ -59,10 +58,8 @@ def memory() -> float | None:
 
 def gpus() -> list[str] | None:
     """Names, memory and driver of the GPUs; None without any, never an empty claim."""
-    lines = _output(
-        "nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"
-    )
-    return lines.splitlines() if lines else None
+    query = "--query-gpu=name,memory.total,driver_version"
+    return _output("nvidia-smi", query, "--format=csv,noheader").splitlines() or None
 
 
 class GpuMeter:
@@ -82,11 +79,8 @@ class GpuMeter:
         """Since the meter was made."""
         self.look()
         joules, gib = (self._millijoules() - self._before) / 1000, self._most / 2**30
-        known = bool(self._boards)
-        return {
-            "energy_joules": joules if known else None,
-            "gpu_memory_gib": gib if known else None,
-        }
+        figures = {"energy_joules": joules, "gpu_memory_gib": gib}
+        return {name: figure if self._boards else None for name, figure in figures.items()}
 
     def _millijoules(self) -> int:
         return sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(b) for b in self._boards)
@@ -117,18 +111,8 @@ def commit() -> str | None:
     if not (Path(root) / ".git").exists():
         return None
     head = _output("git", "-C", root, "rev-parse", "HEAD")
-    dirty = _output(
-        "git",
-        "-C",
-        root,
-        "status",
-        "--porcelain",
-        "--untracked-files=no",
-        "--",
-        "harness",
-        "prompts",
-        "registry",
-    )
+    tracked = ("--untracked-files=no", "--", "harness", "prompts", "registry")
+    dirty = _output("git", "-C", root, "status", "--porcelain", *tracked)
     return f"{head}+dirty" if head and dirty else head or None
 
 

@@ -167,11 +167,10 @@ def _write(job: cells.Job, results: Path, ties: Mapping[str, Any]) -> CellResult
 
 # --- export -----------------------------------------------------------------------------------
 
-FORMATS = ("run", "requests", "results", "ir-metadata")
-
 
 def give_out(cell: CellResult, form: str, dataset: Collection | None = None) -> Iterator[str]:
-    """A cell's lines in one of FORMATS; a dataset at hand adds the texts of its documents."""
+    """A cell's lines as a run, requests, results or ir-metadata; a dataset at hand adds the texts
+    of its documents."""
     if form == "ir-metadata":
         yield store.ir_metadata(cell.record)
     elif form == "run":

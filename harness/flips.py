@@ -66,7 +66,7 @@ class Audit:
         found: list[Outcome] = []
         for qid in Random(seed).sample(list(self.queries), len(self.queries)):
             enough = sum(len(outcome.calls) for outcome in found) >= most
-            if not enough and schedule.first_miss(self._flow(qid), self.cache, self.key) is None:
+            if not enough and schedule.replay(self._flow(qid), self.cache, self.key)[1] is None:
                 found += self._run([qid], self.engine, self.cache)
         if not any(outcome.calls for outcome in found):
             raise MissingResourceError(f"{self.job.cell}: no query is answered yet; run it first")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +46,7 @@ COUNTED = 200  # prompts of a cell that are tokenised
 TOKENS_PER_WORD = 1.4  # of English prompts with their labels, where there is no tokenizer
 NUMBERS = ("queries", "calls", "rounds", "cached", "prompt_tokens", "generated_tokens")
 HOURS = "_hours"
+FEW, AT_ONCE, USUAL = 8, 256, "Qwen/Qwen2.5-7B-Instruct"  # of a rough prediction
 GPUS = ("h200", "h100", "a100")
 
 
@@ -112,6 +113,18 @@ class Forecaster:
             **{gpu + HOURS: gpu_hours(shape, *load, at_once, gpu) for gpu in self.gpus},
         }
 
+    def seconds(self, job: cells.Job) -> float:
+        """Roughly, of one query on one GPU: enough to tell long cells from short ones."""
+        few = job.queries[:FEW]
+        sample = replace(job, collection=replace(job.collection, queries=few))
+        asked = [c.request for o in self._simulated(sample, None, None, 0) for c in o.calls]
+        load = len(asked), _prompt(asked, None)[0], self._answer(sample, asked)[0]
+        known, spec = flops.known(), job.cell.model
+        hours = gpu_hours(known.get(spec.base, known[USUAL]), *load, AT_ONCE, GPUS[0])
+        if hours is None:  # its weights take several GPUs, which share the work
+            hours = gpu_hours(known[USUAL], *load, AT_ONCE, GPUS[0])
+        return 3600 * (hours or 0.0) / max(1, len(few))
+
     def _opened(self, job: cells.Job) -> tuple[Engine | None, str]:
         """The engine, unless something it needs is not here, and the cell's state."""
         try:
@@ -134,7 +147,7 @@ class Forecaster:
         done = schedule.run(
             ((q.qid, cells.flow(job, q, judge, Counter())) for q in job.queries),
             judge,
-            known,  # type: ignore[arg-type]
+            known,
             key=cells.identity(job.cell, engine or judge).key,
             concurrency=judge.capacity,
             read_cache=not job.alone,

@@ -29,13 +29,11 @@ from harness.types import (
     CellResult,
     Completion,
     DataError,
-    Flow,
     HarnessError,
     MissingResourceError,
-    ModelSpec,
     Outcome,
+    Query,
     Ranking,
-    Request,
 )
 
 Verdict = Literal["pass", "fail", "inconclusive", "not checked"]
@@ -183,8 +181,8 @@ def replay(base: CellResult, loader: plan.Loader, read: Callable[[str], plan.Sel
 class _Clip:
     """Cuts texts as the engine would, if the tokenizer can be had."""
 
-    def __init__(self, spec: ModelSpec) -> None:
-        plain = replace(spec, adapter="", quantization="")  # its tokenizer is wanted, no weights
+    def __init__(self, job: cells.Job) -> None:
+        plain = replace(job.cell.model, adapter="", quantization="")  # no weights are wanted
         self.open, self.missing = cache(lambda: open_engine("hf", plain)), ""
 
     def clip(self, text: str, tokens: int) -> str:
@@ -200,18 +198,17 @@ def exact(base: CellResult, job: cells.Job, why: Sequence[str]) -> Iterator[Gate
     for name in ("run.trec", *["trace.jsonl.gz"] * job.needs_engine):
         if not (base.folder / name).is_file():
             raise MissingResourceError(f"{base.folder / name}: is not there")
-    calls, tools = stored_calls(base), _Clip(job.cell.model)
+    calls, tools = stored_calls(base), _Clip(job)
     sha, changed = job.collection.sha256, [text for text in why if text.startswith(SETTINGS)]
     yield _equal("data", f"sha256 {sha[:12]}", sha == base.record["dataset"]["sha256"])
     yield _equal("settings", f"{len(changed)} changed", not changed)
     protocol, engine = base.record["protocol"], base.record["environment"].get("engine")
     if protocol.get("strict_cache"):
         tools.missing = "the keys of --strict-cache hold versions and hardware"
-    key = Identity(engine or {}, protocol.get("replicate", 0)).key
+    identity = Identity(engine or {}, protocol.get("replicate", 0))
     wrong, outcomes = {what: list[str]() for what in CALLS}, list[Outcome]()
     for query in job.queries:
-        flow, then = cells.flow(job, query, tools, Counter()), calls[query.qid]  # type: ignore[arg-type]
-        outcome = _again(job, query.qid, flow, then, key)
+        outcome, then = _again(job, query, tools, calls[query.qid], identity), calls[query.qid]
         now = list(cells.trace_rows([outcome]))
         parted = len(now) < len(then) or len(outcome.ranking.docids) < len(query.candidates)
         for what, names in CALLS.items():
@@ -232,13 +229,14 @@ def _of(job: cells.Job, wrong: Sequence[str]) -> str:
 
 
 def _again(
-    job: cells.Job, qid: str, flow: Flow, rows: Sequence[Row], key: Callable[[Request], bytes]
+    job: cells.Job, query: Query, tools: Any, rows: Sequence[Row], identity: Identity
 ) -> Outcome:
     """Put the stored answers to a method again.
 
     Where it asks about other documents than were answered, its calls end and nothing is ranked.
     """
-    asked, rounds, answers = list[tuple[int, Request]](), 0, None
+    flow = cells.flow(job, query, tools, Counter())
+    asked, rounds, answers = list[tuple[int, Any]](), 0, None
     try:
         while True:
             requests = flow.send(answers)  # type: ignore[arg-type]
@@ -254,10 +252,10 @@ def _again(
     except StopIteration as stop:
         ranking = stop.value
     calls = (
-        Call(number, key(request).hex(), request, row["answer"], parsed, False)
+        Call(number, identity.key(request).hex(), request, row["answer"], parsed, False)
         for (number, request), row, parsed in zip(asked, rows, ranking.parsed)
     )
-    return Outcome(qid, ranking, tuple(calls), rounds)
+    return Outcome(query.qid, ranking, tuple(calls), rounds)
 
 
 def _other_results(
@@ -459,8 +457,8 @@ def compared(a: CellResult, b: CellResult, most: int = 10) -> dict[str, list[Row
     names = [name for name in a.measures if name in b.measures]
     costs = [name for name in COSTS if values(a, b, name)]
     rows: list[Row] = [{"mean": n, "a": _mean(a, n), "b": _mean(b, n)} for n in (*names, *costs)]
-    for row in rows:
-        test = asdict(stats.paired(*stats.align(a, b, row["mean"])))
+    tests = stats.paired([[stats.align([a, b], row["mean"])] for row in rows])
+    for row, test in zip(rows, map(asdict, tests)):
         row["a / b"] = row["a"] / row["b"] if row["b"] else None
         row |= {name: None if math.isnan(number) else number for name, number in test.items()}
     found = values(a, b, names[0])

@@ -5,9 +5,11 @@ It reads the registry and the results; it runs nothing and prints nothing.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from harness import store
 from harness.prompts import Limits, prepare
 from harness.rerank import METHODS
 from harness.specs import Registry, limits_for
-from harness.types import MissingResourceError, ModelSpec, Query, RegistryError, UsageError
+from harness.types import ModelSpec, Query, RegistryError, UsageError
 
 Rows = list[dict[str, Any]]
+Table = Sequence[Mapping[str, Any]]
 
 
 def models(registry: Registry) -> Rows:
@@ -27,14 +30,14 @@ def models(registry: Registry) -> Rows:
         {
             "model": spec.name,
             "method": spec.method,
-            "prompt": spec.prompt or None,
-            "base": spec.base or None,
-            "adapter": spec.adapter or None,
+            "prompt": spec.prompt,
+            "base": spec.base,
+            "adapter": spec.adapter,
             "revision": _pinned(spec),
             "B": spec.parameters,
-            "license": spec.license or None,
-            "trained on": list(spec.trained_on) or None,
-            "paper": spec.paper or None,
+            "license": spec.license,
+            "trained on": spec.trained_on,
+            "paper": spec.paper,
         }
         for spec in registry.models.values()
     ]
@@ -42,17 +45,9 @@ def models(registry: Registry) -> Rows:
 
 def models_in_brief(registry: Registry) -> Rows:
     """What fits a terminal's width: the weights that matter, the adapter where there is one."""
-    return [
-        {
-            "model": spec.name,
-            "method": spec.method,
-            "weights": (spec.adapter or spec.base).removeprefix("wheel:") or None,
-            "revision": _pinned(spec),
-            "B": spec.parameters,
-            "trained on": list(spec.trained_on) or None,
-        }
-        for spec in registry.models.values()
-    ]
+    shown = ("model", "method", "weights", "revision", "B", "trained on")
+    rows = (row | {"weights": row["adapter"] or row["base"]} for row in models(registry))
+    return [{head: row[head] for head in shown} for row in rows]
 
 
 def _pinned(spec: ModelSpec) -> str | None:
@@ -71,74 +66,23 @@ def datasets(registry: Registry) -> Rows:
             "family": spec.family,
             "queries": spec.queries,
             "documents": spec.documents,
-            "grades": spec.grades or None,
+            "grades": spec.grades,
             "titles": "yes" if spec.titles else None,
             "measure": spec.measures[0],
             "first stage": f"{spec.first_stage}, top {spec.depth}",
             "source": spec.irds or spec.index or spec.source,
-            "license": spec.license or None,
+            "license": spec.license,
         }
         for spec in registry.datasets.values()
     ]
 
 
 def suites(registry: Registry) -> Rows:
-    return [
-        {
-            "suite": name,
-            "models": table.get("models"),
-            "datasets": table.get("datasets"),
-            "description": table.get("description"),
-        }
-        for name, table in registry.suites.items()
-    ]
+    heads, tables = ("models", "datasets", "description"), registry.suites.items()
+    return [{"suite": name} | {head: table.get(head) for head in heads} for name, table in tables]
 
 
 def prompts(registry: Registry) -> Rows:
-    return [
-        {"prompt": p.name, "answer": p.answer, "unit": p.limits.unit, "source": p.source}
-        for p in registry.prompts.values()
-    ]
-
-
-def methods(registry: Registry) -> Rows:
-    """Every method with its options and their defaults."""
-    import inspect
-
-    return [
-        {
-            "method": name,
-            "options": [
-                f"{p.name}={p.default}"
-                for p in inspect.signature(method.flow).parameters.values()
-                if p.kind == p.KEYWORD_ONLY
-            ]
-            or None,
-            "reads": list(method.answers) or None,
-        }
-        for name, method in METHODS.items()
-    ]
-
-
-LISTS: dict[str, Callable[[Registry], Rows]] = {
-    "models": models,
-    "datasets": datasets,
-    "suites": suites,
-    "prompts": prompts,
-    "methods": methods,
-}
-
-
-def variants(registry: Registry) -> Rows:
-    """The named variants: how each differs from the plain name, and where it was read."""
-    return [
-        {"variant": spec.name, "differs": spec.differs, "source": spec.source}
-        for name, spec in registry.models.items()
-        if "@" in name
-    ]
-
-
-def wire_formats(registry: Registry) -> Rows:
     """Every prompt with its lengths as the protocol states them, by family where it does."""
     return [
         {
@@ -155,64 +99,49 @@ def wire_formats(registry: Registry) -> Rows:
 
 def _limit(limits: Limits, what: str) -> str | None:
     value = getattr(limits, what)
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        return f"{value} {limits.unit}"
-    parts = [f"{family} {length or 'uncut'}" for family, length in value.items()]
-    return f"{', '.join(parts)} {limits.unit}"
+    if isinstance(value, dict):
+        value = ", ".join(f"{family} {length or 'uncut'}" for family, length in value.items())
+    return None if value is None else f"{value} {limits.unit}"
 
 
-def models_page(registry: Registry) -> str:
-    """docs/models.md: the registry as three tables."""
-    plain = [row for row in models(registry) if "@" not in row["model"]]
-    parts = [
-        "# Models",
-        "Made by `harness list models --format md`; a test holds it equal to the registry."
-        " Unpinned: the revision is `main`, because no commit was known when the row was written."
-        " A model trained on msmarco-passage is in-domain on TREC DL, and tables say so.",
-        markdown(plain),
-        "## Variants",
-        "The plain name is the format a model was trained with; what others send has a name.",
-        markdown(variants(registry)),
-        "## Wire formats",
-        "Lengths are in the unit of the protocol; every text is cut once and cuts are counted.",
-        markdown(wire_formats(registry)),
-    ]
-    return "\n\n".join(parts)
+def methods(registry: Registry) -> Rows:
+    """Every method with its options and their defaults."""
+    rows = []
+    for name, method in METHODS.items():
+        parameters = inspect.signature(method.flow).parameters.values()
+        options = [f"{p.name}={p.default}" for p in parameters if p.kind == p.KEYWORD_ONLY]
+        rows.append({"method": name, "options": options, "reads": method.answers})
+    return rows
 
 
-def datasets_page(registry: Registry) -> str:
-    """docs/datasets.md without its audits: facts, names, suites and what to know."""
-    specs, heads = registry.datasets.values(), ("dataset", "also", "ir_datasets", "index", "topics")
-    names = [dict(zip(heads, (s.name, s.aliases, s.irds, s.index, s.topics))) for s in specs]
-    parts = [
-        "# Datasets",
-        "Made by `harness list datasets --format md`; a test holds it equal to the registry."
-        " BM25 is always k1=0.9, b=0.4. Titles: whether documents have one; a prompt says how it is"
-        " joined to the text. A mean is over all queries of the table; the first measure leads.",
-        markdown(datasets(registry)),
-        "## Names",
-        "Every spelling finds its set; case, hyphens and underscores do not matter, and a glob"
-        " (`bright/*`, `beir-v1.0.0-*.flat`) finds several. Index and topics are pyserini's.",
-        markdown(names),
-        "## Suites",
-        markdown([row for row in suites(registry) if row["datasets"] and not row["models"]]),
-        "## Notes",
-        "\n".join(f"* `{spec.name}`: {spec.note}" for spec in specs if spec.note),
-    ]
-    return "\n\n".join(parts)
+LISTS = {rows.__name__: rows for rows in (models, datasets, suites, prompts, methods)}
 
 
-PAGES = {"models": models_page, "datasets": datasets_page}
-
-
-def markdown(rows: Rows) -> str:
+def markdown(rows: Table) -> str:
     """Equal-keyed rows as a GitHub table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([plain(v) for v in r.values()] for r in rows)]
+    head, *body = _texts(rows)
+    lines = [head, ["---"] * len(head), *body]
     return "\n".join(
         "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
     )
+
+
+def columns(rows: Table, width: int) -> str:
+    """Equal-keyed rows as aligned columns; those beyond the width are on lines of their own."""
+    texts = _texts(rows)
+    lines, used = [""] * len(texts), 0
+    for column in zip(*texts, strict=True):
+        size = max(map(len, column))
+        if 0 < used > width - size:
+            lines, used = [f"{line.rstrip()}\n    " for line in lines], 4
+        lines = [line + cell.ljust(size + 2) for line, cell in zip(lines, column)]
+        used += size + 2
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _texts(rows: Table) -> list[list[str]]:
+    """The heads, then every row's values, as a reader wants them."""
+    return [list(rows[0]), *([plain(value) for value in row.values()] for row in rows)]
 
 
 def plain(value: Any) -> str:
@@ -224,23 +153,49 @@ def plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+CELL_COLUMNS = ("dataset", "first stage", "model", "state", "measure", "value", "calls", "finished")
+
+
 def cells(results: Path) -> Rows:
-    """One row a cell folder, with its state, headline measure and when it was finished."""
+    """One row a cell folder, with its state, headline measure and when it was finished; then one
+    for each cell that a run on this machine has before it."""
     rows = []
     for cell in store.iterate(results):
-        name, value = next(iter(cell.measures.items()), (None, None))
-        rows.append(
-            {
-                "dataset": cell.dataset,
-                "first stage": cell.first_stage,
-                "model": cell.model,
-                "state": cell.record.get("state"),
-                name or "measure": value,
-                "calls": cell.record.get("efficiency", {}).get("calls"),
-                "finished": cell.record.get("finished"),
-            }
-        )
+        measure, value = next(iter(cell.measures.items()), (None, None))
+        record = cell.record
+        calls, place = record.get("efficiency", {}).get("calls"), (cell.dataset, cell.first_stage)
+        end = (measure, value, calls, record.get("finished"))
+        rows.append(dict(zip(CELL_COLUMNS, (*place, cell.model, record.get("state"), *end))))
+    for run in store.read_progress(results):
+        for cell in run["cells"]:
+            if cell["state"] in ("planned", "running"):
+                at = f" {cell['done']}/{cell['total']}" if cell["total"] else ""
+                end = (None, None, cell["calls"], None)
+                place = cell["cell"].split(" / ")
+                rows.append(dict(zip(CELL_COLUMNS, (*place, cell["state"] + at, *end))))
     return rows
+
+
+def going(results: Path) -> Rows:
+    """One row for every run on this machine that fills a results folder now."""
+    return [
+        {"run": number, **Counter(cell["state"] for cell in run["cells"]), **run["crew"]}
+        for number, run in enumerate(store.read_progress(results), 1)
+    ]
+
+
+def progress(run: Mapping[str, Any]) -> str:
+    """A row of `going` as a sentence."""
+    states = ("complete", "running", "planned", "failed")
+    told = [", ".join(f"{run[state]} {state}" for state in states if run.get(state))]
+    if "workers" in run:
+        told.append(f"{run['shards']} shards to do, {run['workers']} workers")
+    if run.get("calls_per_second") is not None:
+        told.append(f"{run['calls_per_second']:g} calls a second")
+    if run.get("seconds_left") is not None:
+        ends = datetime.now() + timedelta(seconds=run["seconds_left"])
+        told.append(f"ends about {ends:%Y-%m-%d %H:%M:%S}")
+    return f"run {run['run']}: cells {'; '.join(told)}"
 
 
 def describe(registry: Registry, name: str) -> str:
@@ -283,47 +238,34 @@ def _lines(table: dict[str, Any], indent: str = "") -> str:
 # --- prompts ----------------------------------------------------------------------------------
 
 
-def rendered(
-    job: cell_module.Job, qid: str | None, passages: int | None, tokenizer: Path | None
-) -> str:
+def rendered(job: cell_module.Job, qid: str | None, tokenizer: str | None) -> str:
     """The first request about a query: its messages, or with a tokenizer the exact text.
 
     Without a tokenizer, limits in tokens are not applied.
     """
     if job.prompt is None:
         raise UsageError(f"{job.cell.model_name} asks no model")
-    query = _query(job, qid)
-    tools = _load(tokenizer) if tokenizer else None
+    model, words = job.cell.model, None
+    if tokenizer:
+        from harness.engines.wording import Wording
 
-    def clip(text: str, tokens: int) -> str:
-        if tools is None:
-            return text
-        pieces = tools.tokenize(text)
-        whole = len(pieces) <= tokens
-        return text if whole else str(tools.convert_tokens_to_string(pieces[:tokens]))
-
+        words = Wording(replace(model, base=tokenizer, revision="main", adapter=""))
     ready = prepare(
-        query,
+        _query(job, qid),
         job.prompt,
         job.limits,
         family=job.cell.dataset.family,
-        clip=clip,
-        raw_special_tokens=job.cell.model.raw_special_tokens,
+        clip=words.clip if words else lambda text, tokens: text,
+        raw_special_tokens=model.raw_special_tokens,
         notes=Counter(),
     )
-    count = passages or job.options.get("size") or job.options.get("num_child", 0) + 1
+    count = job.options.get("size") or job.options.get("num_child", 0) + 1
     request = job.prompt.render(ready, ready.candidates[:count])
-    if tools is not None and request.text is None:
-        turns = [{"role": m.role, "content": m.content} for m in request.messages]
-        template = dict(job.cell.model.template)
-        text = tools.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, **template
-        )
-        bos = (tools.bos_token or "") if request.bos else ""
-        return f"{bos}{text}{request.prefill}"
-    parts = [f"<{m.role}>\n{m.content}" for m in request.messages] or [request.text or ""]
-    if request.prefill:
-        parts.append(f"<prefill>\n{request.prefill}")
+    if words:
+        parts = [words.rendered(request)]
+    else:
+        parts = [f"<{m.role}>\n{m.content}" for m in request.messages] or [request.text or ""]
+        parts += [f"<prefill>\n{request.prefill}"] if request.prefill else []
     if request.continuation is not None:
         parts.append(f"<scored>\n{request.continuation}")
     return "\n".join(parts)
@@ -331,19 +273,9 @@ def rendered(
 
 def _query(job: cell_module.Job, qid: str | None) -> Query:
     known = {q.qid: q for q in job.queries}
-    if qid is None:
-        return job.queries[0]
-    if qid not in known:
+    if qid is not None and qid not in known:
         raise RegistryError(f"unknown query {qid!r}", known=known, given=qid)
-    return known[qid]
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not folder.is_dir():
-        raise MissingResourceError(f"{folder}: no such tokenizer folder")
-    return AutoTokenizer.from_pretrained(folder)
+    return known[qid] if qid is not None else job.queries[0]
 
 
 def visible(text: str) -> str:

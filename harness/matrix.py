@@ -6,9 +6,10 @@ calls it hears of each cell through a Watcher.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from typing import Protocol as Interface
 
 from harness import cell as cells
@@ -68,16 +69,57 @@ def open_for(job: cells.Job, serving: Serving) -> Engine | None:
     return open_engine(spec.engine or "hf", spec, serving) if job.needs_engine else None
 
 
+Waiting = list[tuple[Entry, cells.Task]]
+
+
+class Executor(Interface):
+    """Where engines are and who drives them; a context that holds what it needs for that."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: Any) -> None: ...
+
+    def open(self, job: cells.Job) -> Engine | None:
+        """What tells a job's engine apart; None for a baseline. Loads no weights."""
+
+    def run(self, waiting: Waiting, cache: Cache, results: Path, done: Done) -> None:
+        """Run every task to its result or its failure, in `done`; takes from `waiting`."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """The executor of this process: one engine group after the other."""
+
+    serving: Serving
+
+    def __enter__(self) -> Local:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Engines are closed cell by cell."""
+
+    def open(self, job: cells.Job) -> Engine | None:
+        return open_for(job, self.serving)
+
+    def run(self, waiting: Waiting, cache: Cache, results: Path, done: Done) -> None:
+        while waiting:
+            _run_group(_next_group(waiting), cache, results, done)
+
+
 def run(
-    entries: Iterable[Entry], cache: Cache, results: Path, serving: Serving, *, force: bool = False
+    entries: Iterable[Entry],
+    cache: Cache,
+    results: Path,
+    executor: Executor,
+    *,
+    force: bool = False,
 ) -> Done:
     """Run every job whose key is not there yet; a failed one does not stop the others."""
     done = Done()
-    waiting: list[tuple[Entry, cells.Task]] = []
+    waiting: Waiting = []
     try:
         for entry in entries:
             try:
-                task = _task(entry, serving)
+                task = _task(entry, executor)
             except HarnessError as error:
                 done.fail(entry, error)
                 continue
@@ -88,15 +130,14 @@ def run(
             done.skipped += 1
             done.results += [r for r in [store.read(results / entry.job.cell.folder)] if r]
             entry.watcher.skipped()
-        while waiting:
-            _run_group(_next_group(waiting), cache, results, done)
+        executor.run(waiting, cache, results, done)
     finally:
         _close(task for _, task in waiting)
     return done
 
 
-def _task(entry: Entry, serving: Serving) -> cells.Task:
-    engine = open_for(entry.job, serving)
+def _task(entry: Entry, executor: Executor) -> cells.Task:
+    engine = executor.open(entry.job)
     return cells.Task(entry.job, engine, entry.command, entry.watcher.progress)
 
 
@@ -111,10 +152,7 @@ def _close(tasks: Iterable[cells.Task]) -> None:
             task.engine.close()
 
 
-Group = Sequence[tuple[Entry, cells.Task]]
-
-
-def _next_group(waiting: list[tuple[Entry, cells.Task]]) -> Group:
+def _next_group(waiting: Waiting) -> Waiting:
     """Take the first task out, with all that may run together with it."""
     group = waiting[0][1].group
     chosen = [w for w in waiting if group and w[1].group == group] or waiting[:1]
@@ -122,7 +160,7 @@ def _next_group(waiting: list[tuple[Entry, cells.Task]]) -> Group:
     return chosen
 
 
-def _run_group(group: Group, cache: Cache, results: Path, done: Done) -> None:
+def _run_group(group: Waiting, cache: Cache, results: Path, done: Done) -> None:
     """Run a group; if it fails, each of its unfinished cells alone, so that one is to blame."""
     left = {results / task.job.cell.folder: (entry, task) for entry, task in group}
     for entry, _ in group:

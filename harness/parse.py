@@ -11,17 +11,15 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 from harness.types import Completion, Fault, Parsed
 
 _THINK_ANSWER = re.compile(r"<think>.*?</think>\s*<answer>(.*?)</answer>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _THINK_END = re.compile("</think>", re.IGNORECASE)
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _RANKZEPHYR = re.compile(r"\s*([\d+\s*>*\[\]]+)\s*", re.DOTALL)
-
-
-def _whole(text: str) -> str:
-    return text
 
 
 def _rankzephyr(text: str) -> str:
@@ -46,17 +44,12 @@ def _rearank(text: str) -> str:
 
 def _rank_llm(text: str) -> str:
     """rank_llm response_utils.py: after the thinking; fancy digits count as digits."""
-    return "".join(_ascii_digit(c) for c in _THINK_END.split(text)[-1])
-
-
-def _ascii_digit(char: str) -> str:
-    if char.isascii() or unicodedata.digit(char, None) is None:
-        return char
-    return str(unicodedata.digit(char))
+    answer = _THINK_END.split(text)[-1]
+    return _NOT_ASCII.sub(lambda m: str(unicodedata.digit(m[0], m[0])), answer)
 
 
 PERMUTATION_STYLES: dict[str, Callable[[str], str]] = {
-    "rankgpt": _whole,
+    "rankgpt": str,
     "rankzephyr": _rankzephyr,
     "reasonrank": _reasonrank,
     "rearank": _rearank,
@@ -95,11 +88,15 @@ def unread(count: int, *faults: Fault) -> Parsed:
 
 def blocked(completion: Completion) -> Fault | None:
     """The fault of an answer that must not be read at all, whatever it says."""
-    if completion.finish == "filtered":
-        return Fault.REFUSED
-    if completion.finish == "too_long":
-        return Fault.TOO_LONG
-    return None
+    return _BLOCKED.get(completion.finish)
+
+
+_BLOCKED = {"filtered": Fault.REFUSED, "too_long": Fault.TOO_LONG}
+
+
+def unanswered(completion: Completion) -> Parsed:
+    """No answer of the expected form, or none before the token limit."""
+    return unread(0, Fault.CUT_OFF if completion.finish == "length" else Fault.UNPARSABLE)
 
 
 def thinking_is_open(text: str) -> bool:
@@ -118,8 +115,6 @@ def permutation(
     tagged: the protocol answers inside <answer> tags; then a cut-off answer is complete if a tag
     closed after the thinking. Otherwise it counts only if it already names every document.
     """
-    if fault := blocked(completion):
-        return unread(count, fault)
     text = completion.text
     if thinking_is_open(text):
         return unread(count, Fault.CUT_OFF)
@@ -132,35 +127,33 @@ def permutation(
     return parsed
 
 
+_compiled = lru_cache(maxsize=64)(partial(re.compile, flags=re.DOTALL))
+
+
 def label(completion: Completion, labels: Sequence[str], pattern: str) -> Parsed:
     """Parse a setwise answer: the pattern's first group must equal a shown label.
 
     llm-rankers run_setwise.py: the lower-cased text is searched (DOTALL), the group stripped.
     An unreadable answer has an empty order; the method's policy decides what follows.
     """
-    if fault := blocked(completion):
-        return Parsed((), (fault,), changed=False)
     if thinking_is_open(completion.text):
-        return Parsed((), (Fault.CUT_OFF,), changed=False)
-    match = re.search(pattern, completion.text.lower(), re.DOTALL)
+        return unread(0, Fault.CUT_OFF)
+    match = _compiled(pattern).search(completion.text.lower())
     if not match:
-        fault = Fault.CUT_OFF if completion.finish == "length" else Fault.UNPARSABLE
-        return Parsed((), (fault,), changed=False)
+        return unanswered(completion)
     found = match.group(1).strip()
     shown = [text.lower() for text in labels]
     if found in shown:
         return Parsed((shown.index(found),))
     stranger = bool(re.fullmatch(r"\[\d+\]|[a-z]", found))
-    return Parsed((), (Fault.OUT_OF_RANGE if stranger else Fault.UNPARSABLE,), changed=False)
+    return unread(0, Fault.OUT_OF_RANGE if stranger else Fault.UNPARSABLE)
 
 
 def best_label(completion: Completion, count: int) -> Parsed:
     """Setwise by likelihood: the label with the highest log-probability; ties to the first."""
-    if fault := blocked(completion):
-        return Parsed((), (fault,), changed=False)
     scores = completion.scores
     if len(scores) != count or any(math.isnan(s) for s in scores):
-        return Parsed((), (Fault.UNPARSABLE,), changed=False)
+        return unread(0, Fault.UNPARSABLE)
     return Parsed((max(range(count), key=lambda i: (scores[i], -i)),))
 
 
@@ -169,24 +162,13 @@ def relevance(completion: Completion) -> Parsed:
 
     The log-odds sort as the probability does and do not saturate. Without scores: no relevance.
     """
-    if fault := blocked(completion):
-        return Parsed((), (fault,), changed=False)
     if len(completion.scores) < 2 or not all(map(math.isfinite, completion.scores[:2])):
-        return Parsed((), (Fault.UNPARSABLE,), changed=False)
+        return unread(0, Fault.UNPARSABLE)
     return Parsed((), score=completion.scores[0] - completion.scores[1])
-
-
-def inconclusive(completion: Completion) -> Parsed:
-    """A reasoned answer that ended without its verdict; whatever was scored there is no score."""
-    cut = completion.finish == "length"
-    fault = blocked(completion) or (Fault.CUT_OFF if cut else Fault.UNPARSABLE)
-    return Parsed((), (fault,), changed=False)
 
 
 def likelihood(completion: Completion) -> Parsed:
     """Mean log-probability of the continuation's tokens (query likelihood)."""
-    if fault := blocked(completion):
-        return Parsed((), (fault,), changed=False)
     if not completion.scores or not all(map(math.isfinite, completion.scores)):
-        return Parsed((), (Fault.UNPARSABLE,), changed=False)
+        return unread(0, Fault.UNPARSABLE)
     return Parsed((), score=math.fsum(completion.scores) / len(completion.scores))

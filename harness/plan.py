@@ -5,15 +5,18 @@ Owns how models and datasets are named on the command line. It runs nothing and 
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from harness import cell as cells
 from harness.data import Collection, audit, load
-from harness.specs import Registry, build, folder_dataset, override, read_toml, with_method
+from harness.specs import Registry, build, folder_dataset, noted, override, read_toml, with_method
 from harness.types import (
     DEFAULT_SEED,
     Cell,
@@ -26,7 +29,8 @@ from harness.types import (
     UsageError,
 )
 
-REQUEST_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+KINDS = typing.get_args(typing.get_type_hints(Protocol)["kind"])
+LEAST = {"depth": 1, "limit": 1, "replicate": 0, "concurrency": 1}
 
 
 @dataclass(frozen=True)
@@ -73,39 +77,31 @@ PLAIN_FIELDS = tuple(
 )
 
 
+def _stated(selection: Selection) -> dict[str, Any]:
+    """What differs from the defaults."""
+    given = ((f, getattr(selection, f.name)) for f in fields(Selection))
+    return {field.name: value for field, value in given if value != field.default}
+
+
 def from_suite(path: Path, given: Selection) -> Selection:
     """A suite file's selection; what the command line gives as well wins."""
     table = read_toml(path)
     for remark in ("description", "paper"):  # what a run has no use for
         table.pop(remark, None)
-    base = build(Selection, table, str(path))
-    plain = Selection()
-    changed: dict[str, Any] = {
-        f.name: getattr(given, f.name)
-        for f in fields(Selection)
-        if getattr(given, f.name) != getattr(plain, f.name)
-    }
-    return replace(base, **changed)
+    return replace(build(Selection, table, str(path)), **_stated(given))
 
 
 def cells_of(registry: Registry, selection: Selection) -> list[Cell]:
-    """The matrix in the order asked for. Raises for an empty one."""
+    """The matrix in the order asked for, a cell that two patterns name once. Raises for none, and
+    for two that would share a folder."""
     if not selection.models or not selection.datasets:
         raise UsageError("name at least one model (-m) and one dataset (-d)")
-    if selection.depth is not None and selection.depth < 1:
-        raise UsageError(f"--depth {selection.depth}: expected at least 1")
-    if selection.limit is not None and selection.limit < 1:
-        raise UsageError(f"--limit {selection.limit}: expected at least 1")
-    if selection.replicate < 0:
-        raise UsageError(f"--replicate {selection.replicate}: expected 0 or more")
-    if selection.concurrency is not None and selection.concurrency < 1:
-        raise UsageError(f"--concurrency {selection.concurrency}: expected at least 1")
-    if selection.protocol not in ("quality", "latency"):
-        raise RegistryError(
-            f"unknown protocol {selection.protocol!r}",
-            known=("quality", "latency"),
-            given=selection.protocol,
-        )
+    for name, least in LEAST.items():
+        given = getattr(selection, name)
+        if given is not None and given < least:
+            raise UsageError(f"--{name} {given}: expected at least {least}")
+    if (kind := selection.protocol) not in KINDS:
+        raise RegistryError(f"unknown protocol {kind!r}", known=KINDS, given=kind)
     datasets = [d for text in selection.datasets for d in find_datasets(registry, text, selection)]
     models = [m for text in selection.models for m in find_models(registry, text, selection)]
     protocol = Protocol(
@@ -117,25 +113,11 @@ def cells_of(registry: Registry, selection: Selection) -> list[Cell]:
         replicate=selection.replicate,
         strict_cache=selection.strict_cache,
     )
-    made = [
-        Cell(
-            model=model,
-            dataset=dataset,
-            first_stage=selection.first_stage or dataset.first_stage,
-            depth=selection.depth or dataset.depth,
-            limit=selection.limit,
-            protocol=protocol,
-        )
-        for dataset in datasets
-        for model in models
-    ]
-    return _distinct(made)
-
-
-def _distinct(made: Sequence[Cell]) -> list[Cell]:
-    """A cell that two patterns name is one cell; two cells may not share a folder."""
     places: dict[Path, Cell] = {}
-    for cell in made:
+    for dataset, model in product(datasets, models):
+        stage = selection.first_stage or dataset.first_stage
+        depth = selection.depth or dataset.depth
+        cell = Cell(model, dataset, stage, depth, selection.limit, protocol)
         if places.setdefault(cell.folder, cell) != cell:
             raise UsageError(f"{cell}: two datasets or models with one name; give one --name")
     return list(places.values())
@@ -149,10 +131,8 @@ def command(cell: Cell, selection: Selection) -> str:
     base = cell.model.base  # a baseline has none, and Path("") is the working folder
     model = base if base and Path(base).is_dir() else cell.model.name
     words = ["harness", "run", "-m", model, "-d", dataset]
-    plain = Selection()
-    for name in PLAIN_FIELDS:
-        value = getattr(selection, name)
-        if value != getattr(plain, name):
+    for name, value in _stated(selection).items():
+        if name in PLAIN_FIELDS:
             words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     words += [word for text in selection.set for word in ("--set", text)]
     return shlex.join(words)
@@ -167,7 +147,7 @@ def find_models(registry: Registry, text: str, selection: Selection) -> list[Mod
         if selection.method:
             found = [with_method(spec, selection.method) for spec in found]
         if selection.prompt:
-            found = [override(spec, [f"prompt={selection.prompt}"]) for spec in found]
+            found = [noted(s, "prompt", selection.prompt, prompt=selection.prompt) for s in found]
     if selection.adapter:
         found = [_with_adapter(spec, selection.adapter) for spec in found]
     return [_on_engine(override(spec, selection.set), selection.engine) for spec in found]
@@ -177,43 +157,33 @@ def _folder_model(text: str, selection: Selection) -> ModelSpec:
     if not selection.method or not selection.prompt:
         raise UsageError(f"{text} is a model folder: say how to ask it with --method and --prompt")
     path = Path(text).expanduser().resolve()
-    return ModelSpec(
-        name=path.name, method=selection.method, prompt=selection.prompt, base=str(path)
-    )
+    return ModelSpec(path.name, selection.method, selection.prompt, str(path))
 
 
 def _with_adapter(spec: ModelSpec, adapter: str) -> ModelSpec:
     """Another adapter is another cell; of a local one only the folder's name shows."""
     local = Path(adapter).expanduser()
     shown = local.name if local.is_dir() else adapter
-    return replace(spec, adapter=adapter, overrides=(*spec.overrides, ("adapter", shown)))
+    return noted(spec, "adapter", shown, adapter=adapter)
 
 
 def _on_engine(spec: ModelSpec, engine: str | None) -> ModelSpec:
     """Another engine than the registry's is another cell; the first is not worth naming."""
     if engine is None or engine == spec.engine:
         return spec
-    changed = spec.overrides + ((("engine", engine),) if spec.engine else ())
-    return replace(spec, engine=engine, overrides=changed)
+    changed = replace(spec, engine=engine)
+    return noted(changed, "engine", engine) if spec.engine else changed
 
 
 def find_datasets(registry: Registry, text: str, selection: Selection) -> list[DatasetSpec]:
     """Registry names in any spelling, suites, globs; a folder; a request file with --qrels."""
     path = Path(text).expanduser()
+    requests = re.fullmatch(r"(.+)\.jsonl?(\.gz)?", path.name)
     if path.is_dir():
         found = [folder_dataset(path)]
-    elif path.name.endswith(REQUEST_FILES) and path.is_file():
-        stem = path.name[: -len(next(s for s in REQUEST_FILES if path.name.endswith(s)))]
-        found = [
-            DatasetSpec(
-                name=stem,
-                source="requests",
-                location=str(path),
-                qrels=selection.qrels or "",
-                first_stage="requests",
-            )
-        ]
-    elif path.name.endswith(REQUEST_FILES) or text.startswith((".", "/", "~")):
+    elif requests and path.is_file():
+        found = [DatasetSpec(requests[1], "requests", str(path), first_stage="requests")]
+    elif requests or text.startswith((".", "/", "~")):
         raise MissingResourceError(f"{text}: no such dataset file or folder")
     elif selection.name:
         raise UsageError(f"--name is for a dataset given by its path, {text} is none")
@@ -233,13 +203,8 @@ def _named(registry: Registry, spec: DatasetSpec, name: str | None) -> DatasetSp
         [known] = registry.find_datasets(name)
     except (RegistryError, ValueError):
         return replace(spec, name=name)
-    return replace(
-        known,
-        source=spec.source,
-        location=spec.location,
-        qrels=spec.qrels,
-        first_stage=spec.first_stage,
-    )
+    own = {key: getattr(spec, key) for key in ("source", "location", "qrels", "first_stage")}
+    return replace(known, **own)
 
 
 class Loader:
@@ -251,19 +216,19 @@ class Loader:
 
     def job(self, cell: Cell, asked_first_stage: str | None) -> cells.Job:
         """A cell with its data and prompt; the first stage's real name replaces the asked one."""
-        place = (
-            cell.dataset.name,
-            cell.dataset.location,
-            cell.dataset.qrels,
-            asked_first_stage,
-            cell.depth,
-            cell.limit,
-        )
+        data, limits = cell.dataset, (cell.depth, cell.limit)
+        place = (data.name, data.location, data.qrels, asked_first_stage, *limits)
         if place not in self._loaded:
-            found = load(cell.dataset, asked_first_stage, cell.depth, cell.limit)
-            figures = audit.checked(cell.dataset, found, cell.depth, cell.limit)
+            found = load(data, asked_first_stage, *limits)
+            figures = audit.checked(data, found, *limits)
             self._loaded[place] = replace(found, audit=figures)
         collection = self._loaded[place]
         named = replace(cell, first_stage=collection.first_stage)
         prompt = self.registry.prompt(cell.model.prompt) if cell.model.prompt else None
         return cells.resolve(named, prompt, collection)
+
+
+def jobs(registry: Registry, selection: Selection) -> Iterator[cells.Job]:
+    """The cells of a matrix, one by one ready to run."""
+    loader = Loader(registry)
+    return (loader.job(cell, selection.first_stage) for cell in cells_of(registry, selection))

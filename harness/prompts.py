@@ -10,10 +10,13 @@ a `{query}` inside a passage is text and stays text.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
@@ -34,7 +37,6 @@ SPECIAL = re.compile(
     r"|</?(?:think|answer|tool_call|tool_response)>|<(?:start|end)_of_turn>"
 )
 _PLACEHOLDER = re.compile(r"\{(query|docs|count|n|letter|text|title)\}")
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class Limits:
         return None if limit is None else int(limit)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prompt:
     """One wire format (prompts/NAME.toml).
 
@@ -123,43 +125,42 @@ class Prompt:
             "count": str(len(shown)),
             "text": shown[0].text if shown else "",
         }
-        filled = [
-            Message(turn.role, fill(turn.content, values | own if own else values))
-            for turn, own in self._turns(shown)
-        ]
+        messages: list[Message] = []
+        for each, turns in self._runs:
+            for own in _one_by_one(values, shown) if each else (values,):
+                messages += [Message(turn.role, fill(turn.content, own)) for turn in turns]
+        labels = _labels(self.label, len(shown))
         return Request(
-            messages=tuple(filled),
+            messages=tuple(messages),
             text=fill(self.text, values) if self.text else None,
             prefill=self.prefill,
             bos=self.bos,
-            max_tokens=self.limits.max_tokens if not self._scores_only else 0,
-            exact_length_of=" > ".join(self.labels(len(shown))) if self.exact_length else "",
+            max_tokens=0 if self._scores_only else self.limits.max_tokens,
+            exact_length_of=" > ".join(labels) if self.exact_length else "",
             stop=self.stop,
-            labels=self._scored_labels(len(shown)),
+            labels=self._choices or (labels if self._ranks_labels else ()),
             continuation=fill(self.continuation, values) if self.continuation else None,
             shown=tuple([c.docid for c in shown]),
         )
 
     def parse(self, completion: Completion, count: int) -> Parsed:
         """Read an answer about `count` shown passages."""
+        if fault := parse.blocked(completion):
+            return parse.unread(count if self.answer == "permutation" else 0, fault)
         if self.answer == "permutation":
             if self.exact_length and completion.finish == "length":
                 completion = replace(completion, finish="stop")  # its length was forced
             return parse.permutation(completion, count, style=self.style, tagged=self.tagged)
         if self.answer == "label":
             if self.pattern:
-                return parse.label(completion, self.labels(count), self.pattern)
+                return parse.label(completion, _labels(self.label, count), self.pattern)
             return parse.best_label(completion, count)
         if self.answer == "likelihood":
             return parse.likelihood(completion)
-        if self.answer == "reasoning" and not self._concluded(completion):
-            return parse.inconclusive(completion)
+        verdict = completion.finish == "scored" or completion.text.endswith(self.stop)
+        if self.answer == "reasoning" and not verdict:  # what was scored there is no score
+            return parse.unanswered(completion)
         return parse.relevance(completion)
-
-    def _concluded(self, completion: Completion) -> bool:
-        """Did a reasoned answer end with its verdict, or was the verdict scored on its own?"""
-        ended = any(completion.text.endswith(stop) for stop in self.stop)
-        return completion.finish == "scored" or ended
 
     def shortened(
         self, shown: Sequence[Candidate], completion: Completion
@@ -178,43 +179,32 @@ class Prompt:
             return None
         return [replace(c, text=" ".join(c.text.split()[:words])) for c in shown]
 
-    def labels(self, count: int) -> tuple[str, ...]:
-        return _labels(self.label, count)
+    @cached_property
+    def _ranks_labels(self) -> bool:
+        return self.answer == "label" and not self.pattern
 
-    @property
+    @cached_property
     def _scores_only(self) -> bool:
-        unread = self.answer == "label" and not self.pattern
-        return self.answer in ("likelihood", "yesno") or unread
+        return self.answer in ("likelihood", "yesno") or self._ranks_labels
 
-    def _scored_labels(self, count: int) -> tuple[str, ...]:
-        if self.answer in ("yesno", "reasoning"):
-            return self.choices
-        return self.labels(count) if self.answer == "label" and not self.pattern else ()
+    @cached_property
+    def _choices(self) -> tuple[str, ...]:
+        return self.choices if self.answer in ("yesno", "reasoning") else ()
 
-    def _of(self, n: int, candidate: Candidate) -> dict[str, str]:
-        return {**_numbers(n), "text": candidate.text, "title": candidate.title}
-
-    def _turns(self, shown: Sequence[Candidate]) -> list[tuple[Turn, dict[str, str]]]:
+    @cached_property
+    def _runs(self) -> list[tuple[bool, list[Turn]]]:
         """The turns in order; a run of `each` turns is repeated as one group per passage."""
-        out: list[tuple[Turn, dict[str, str]]] = []
-        i = 0
-        while i < len(self.messages):
-            j = i
-            while j < len(self.messages) and self.messages[j].each:
-                j += 1
-            if j > i:
-                for n, candidate in enumerate(shown, 1):
-                    out += [(turn, self._of(n, candidate)) for turn in self.messages[i:j]]
-                i = j
-            else:
-                out.append((self.messages[i], {}))
-                i += 1
-        return out
+        return [(each, list(run)) for each, run in groupby(self.messages, attrgetter("each"))]
+
+
+def _one_by_one(values: dict[str, str], shown: Sequence[Candidate]) -> Iterator[dict[str, str]]:
+    for n, candidate in enumerate(shown, 1):
+        yield values | _numbers(n) | {"text": candidate.text}
 
 
 @lru_cache(maxsize=256)
-def _numbers(n: int) -> Mapping[str, str]:
-    return {"n": str(n), "letter": _LETTERS[n - 1] if n <= len(_LETTERS) else f"A{n}"}
+def _numbers(n: int) -> dict[str, str]:
+    return {"n": str(n), "letter": chr(64 + n) if n <= 26 else f"A{n}"}
 
 
 @lru_cache(maxsize=1024)
@@ -225,19 +215,15 @@ def _labels(label: str, count: int) -> tuple[str, ...]:
 def _listed(passage: str, separator: str, shown: Sequence[Candidate]) -> str:
     """One line a passage; what their numbers decide is filled in once for all prompts."""
     parts = _sheet(passage, separator, len(shown)).copy()
-    names = parts[1::2]
-    if names == ["text"] * len(shown):  # nearly every wire format
-        parts[1::2] = [c.text for c in shown]
-    else:
-        each = [c for c in shown for _ in range(len(names) // len(shown))]
-        texts = [{"text": c.text, "title": c.title} for c in each]
-        parts[1::2] = [own.get(name, f"{{{name}}}") for own, name in zip(texts, names)]
+    times = range(passage.count("{text}"))
+    parts[1::2] = [c.text for c in shown for _ in times]
     return "".join(parts)
 
 
 @lru_cache(maxsize=1024)
 def _sheet(passage: str, separator: str, count: int) -> list[str]:
-    return _split(separator.join(fill(passage, _numbers(n)) for n in range(1, count + 1)))
+    lines = separator.join(fill(passage, _numbers(n)) for n in range(1, count + 1))
+    return re.split(r"(\{text\})", lines)
 
 
 _split = lru_cache(maxsize=1024)(_PLACEHOLDER.split)  # text, name, text, name, ..., text
@@ -326,36 +312,22 @@ def apply(text: str, steps: Sequence[Step]) -> str:
     return text
 
 
-def _ftfy(text: str) -> str:
+def _ftfy(text: str, **options: Any) -> str:
     import ftfy
 
-    return str(ftfy.fix_text(text))
-
-
-def _ftfy_prompt(text: str) -> str:
-    """What ftfy does to this text inside a rendered prompt, where a `<` keeps HTML entities.
-
-    The originals repair the whole prompt. Doing it to the texts gives the same bytes, and leaves
-    no repair behind the neutralising that could put a special token together again.
-    """
-    import ftfy
-
-    return str(ftfy.fix_text(text, unescape_html=False))
-
-
-def _nfc(text: str) -> str:
-    import unicodedata
-
-    return unicodedata.normalize("NFC", text)
+    return str(ftfy.fix_text(text, **options))
 
 
 _STEPS: dict[Step, Callable[[str], str]] = {
     "strip": str.strip,
     "spaces": lambda text: " ".join(text.split()),
     "newlines": lambda text: re.sub(r"[\n\t\r\f]", " ", text),
-    "nfc": _nfc,
+    "nfc": partial(unicodedata.normalize, "NFC"),
     "ftfy": _ftfy,
-    "ftfy-prompt": _ftfy_prompt,
+    # What ftfy does to a text inside a rendered prompt, where a `<` keeps HTML entities. The
+    # originals repair the whole prompt; doing it to the texts gives the same bytes, and leaves no
+    # repair behind the neutralising that could put a special token together again.
+    "ftfy-prompt": partial(_ftfy, unescape_html=False),
     "brackets": lambda text: re.sub(r"\[(\d+)\]", r"(\1)", text),
     "no-title-marks": lambda text: text.replace("Title: Content: ", ""),
 }

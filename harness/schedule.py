@@ -15,9 +15,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from typing import Protocol as Interface
 
-from harness.cache import Cache
 from harness.types import Call, Completion, Engine, EngineError, Flow, Outcome, Ranking, Request
+
+
+class Store(Interface):
+    """Where answers are looked up and kept: cache.Cache, or what stands for it on a worker."""
+
+    def get_many(self, keys: Sequence[bytes]) -> dict[bytes, Completion]: ...
+    def put_many(self, items: Iterable[tuple[bytes, Completion]]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -40,18 +47,20 @@ class Finished(NamedTuple):
     outcome: Outcome
 
 
-class _Ask(NamedTuple):
-    """A request on its way: whose it is, and its place in that query's last yield."""
+@dataclass(slots=True)
+class _Ask:
+    """A request on its way, and its answer once it is there."""
 
-    query: _Query
-    place: int
+    round: int
     key: bytes
     request: Request
+    completion: Completion = field(init=False)
+    from_cache: bool = False
 
 
 @dataclass
 class _Query:
-    """A query on its way: its generator, its last yield and every call answered before."""
+    """A query on its way: its generator, its last yield and how much of it is open, every call."""
 
     lane: int
     qid: str
@@ -59,14 +68,14 @@ class _Query:
     admitted: float
     round: int = 0
     asks: list[_Ask] = field(default_factory=list)
-    answers: dict[int, tuple[Completion, bool]] = field(default_factory=dict)
-    log: list[tuple[int, _Ask, Completion, bool]] = field(default_factory=list)
+    open: int = 0
+    log: list[_Ask] = field(default_factory=list)
 
 
 def run(
     flows: Iterable[tuple[str, Flow]],
     engine: Engine,
-    cache: Cache,
+    cache: Store,
     *,
     key: Callable[[Request], bytes],
     concurrency: int,
@@ -82,10 +91,11 @@ def run(
 
 
 def run_together(
-    lanes: Sequence[Lane], cache: Cache, *, concurrency: int, read_cache: bool = True
+    lanes: Iterable[Lane | None], cache: Store, *, concurrency: int, read_cache: bool = True
 ) -> Iterator[Finished]:
     """Drive the flows of several cells, whose engines are of one group, at the same time.
 
+    lanes        drawn only as places become free; None: there may be more later
     concurrency  queries alive at a time, of all lanes; earlier lanes are admitted first
     read_cache   False asks the engine for everything (latency runs) but still stores
     Equal requests in flight at the same time are asked once.
@@ -93,64 +103,79 @@ def run_together(
     loop = _Loop(lanes, cache, read_cache)
     try:
         while True:
-            loop.admit(concurrency)
+            more = loop.admit(concurrency)
             yield from loop.advance()
-            if loop.ready or (loop.open and len(loop.alive) < concurrency):
+            if loop.ready or (more and len(loop.alive) < concurrency):
                 continue
-            if not loop.alive:
+            if loop.alive:
+                loop.wait()
+            elif not loop.open:
                 return
-            loop.wait()
     finally:
         for query in loop.alive.values():
             query.flow.close()
 
 
-def first_miss(flow: Flow, cache: Cache, key: Callable[[Request], bytes]) -> Request | None:
-    """Replay a flow from the cache: the first request without an answer, None if all have one."""
+def replay(
+    flow: Flow, cache: Store, key: Callable[[Request], bytes]
+) -> tuple[dict[bytes, Completion], Request | None]:
+    """Go as far as the cache has answers: those, and the first request without one, if any."""
+    known: dict[bytes, Completion] = {}
     try:
         requests = next(flow)
         while True:
             keys = [key(request) for request in requests]
-            found = cache.get_many(keys)
+            known |= cache.get_many(keys)
             for name, request in zip(keys, requests):
-                if name not in found:
-                    return request
-            requests = flow.send([found[name] for name in keys])
+                if name not in known:
+                    return known, request
+            requests = flow.send([known[name] for name in keys])
     except StopIteration:
-        return None
+        return known, None
     finally:
         flow.close()
 
 
 class _Loop:
-    def __init__(self, lanes: Sequence[Lane], cache: Cache, read_cache: bool) -> None:
-        self.lanes, self.cache, self.read_cache = lanes, cache, read_cache
-        self.source = ((n, *item) for n, lane in enumerate(lanes) for item in lane.flows)
+    def __init__(self, lanes: Iterable[Lane | None], cache: Store, read_cache: bool) -> None:
+        self.cache, self.read_cache = cache, read_cache
+        self.lanes: list[Lane] = []
+        self.source = self._drawn(lanes)
         self.open = True
         self.alive: dict[tuple[int, str], _Query] = {}
         self.ready: deque[_Query] = deque()
-        self.waiting: dict[bytes, list[_Ask]] = {}
+        self.waiting: dict[bytes, list[tuple[_Query, _Ask]]] = {}
         self.numbers: dict[int, bytes] = {}
         self.submitted = 0
 
-    def admit(self, concurrency: int) -> None:
-        """Fill the free places."""
+    def _drawn(self, lanes: Iterable[Lane | None]) -> Iterator[tuple[int, str, Flow] | None]:
+        for lane in lanes:
+            if lane is None:
+                yield None
+                continue
+            self.lanes.append(lane)
+            number = len(self.lanes) - 1
+            yield from ((number, qid, flow) for qid, flow in lane.flows)
+        self.open = False
+
+    def admit(self, concurrency: int) -> bool:
+        """Fill the free places; False if there is nothing more for now."""
         while self.open and len(self.alive) < concurrency:
             admitted = time.perf_counter()  # its texts are prepared by `next`
             if (item := next(self.source, None)) is None:
-                self.open = False
-                return
+                return False
             query = _Query(*item, admitted)
             self.alive[query.lane, query.qid] = query
             self.ready.append(query)
+        return self.open
 
     def advance(self) -> Iterator[Finished]:
         """Move every ready query one step, then dispatch all their new requests in one batch."""
-        fresh: list[_Ask] = []
+        fresh: list[tuple[_Query, _Ask]] = []
         for _ in range(len(self.ready)):
             query = self.ready.popleft()
             try:
-                fresh += self._step(query)
+                fresh += [(query, ask) for ask in self._step(query)]
             except StopIteration as stop:
                 del self.alive[query.lane, query.qid]
                 yield Finished(query.lane, _outcome(query, stop.value))
@@ -159,31 +184,30 @@ class _Loop:
     def _step(self, query: _Query) -> list[_Ask]:
         """One send into the generator; one that breaks the protocol is named."""
         if query.round:
-            answers = [query.answers[i] for i in range(len(query.asks))]
-            query.log += [(query.round, a, c, hit) for a, (c, hit) in zip(query.asks, answers)]
-            requests = query.flow.send([completion for completion, _ in answers])
+            requests = query.flow.send([ask.completion for ask in query.asks])
         else:
             requests = next(query.flow)
         if not requests:
             raise RuntimeError(f"{_where(query.flow)} yielded no requests for query {query.qid}")
         query.round += 1
-        query.answers = {}
         key = self.lanes[query.lane].key
-        query.asks = [_Ask(query, i, key(r), r) for i, r in enumerate(requests)]
+        query.asks = [_Ask(query.round, key(request), request) for request in requests]
+        query.open = len(requests)
+        query.log += query.asks
         return query.asks
 
-    def _dispatch(self, fresh: list[_Ask]) -> None:
-        unseen = list({ask.key: None for ask in fresh if ask.key not in self.waiting})
+    def _dispatch(self, fresh: list[tuple[_Query, _Ask]]) -> None:
+        unseen = list({ask.key: None for _, ask in fresh if ask.key not in self.waiting})
         stored = self.cache.get_many(unseen) if self.read_cache and unseen else {}
-        for ask in fresh:
+        for query, ask in fresh:
             if ask.key in stored:
-                self._deliver(ask, stored[ask.key], from_cache=True)
+                self._deliver(query, ask, stored[ask.key], from_cache=True)
             elif ask.key in self.waiting:
-                self.waiting[ask.key].append(ask)
+                self.waiting[ask.key].append((query, ask))
             else:
-                self.waiting[ask.key] = [ask]
+                self.waiting[ask.key] = [(query, ask)]
                 self.numbers[self.submitted] = ask.key
-                self.lanes[ask.query.lane].engine.submit(self.submitted, ask.request)
+                self.lanes[query.lane].engine.submit(self.submitted, ask.request)
                 self.submitted += 1
 
     def wait(self) -> None:
@@ -198,13 +222,15 @@ class _Loop:
         # What did not fit one engine's context may fit another's.
         self.cache.put_many([(k, c) for k, c in answered if c.finish != "too_long"])
         for key, completion in answered:
-            for i, ask in enumerate(self.waiting.pop(key)):
-                self._deliver(ask, completion, from_cache=i > 0)
+            for i, (query, ask) in enumerate(self.waiting.pop(key)):
+                self._deliver(query, ask, completion, from_cache=i > 0)
 
-    def _deliver(self, ask: _Ask, completion: Completion, *, from_cache: bool) -> None:
-        query = ask.query
-        query.answers[ask.place] = (completion, from_cache)
-        if len(query.answers) == len(query.asks):
+    def _deliver(
+        self, query: _Query, ask: _Ask, completion: Completion, *, from_cache: bool
+    ) -> None:
+        ask.completion, ask.from_cache = completion, from_cache
+        query.open -= 1
+        if not query.open:
             self.ready.append(query)
 
 
@@ -216,8 +242,8 @@ def _outcome(query: _Query, ranking: object) -> Outcome:
             f" {len(query.log)} calls (query {query.qid})"
         )
     calls = tuple(
-        Call(round_, ask.key.hex(), ask.request, completion, parsed, hit)
-        for (round_, ask, completion, hit), parsed in zip(query.log, ranking.parsed, strict=True)
+        Call(ask.round, ask.key.hex(), ask.request, ask.completion, parsed, ask.from_cache)
+        for ask, parsed in zip(query.log, ranking.parsed, strict=True)
     )
     seconds = time.perf_counter() - query.admitted
     return Outcome(query.qid, ranking, calls, query.round, seconds)

@@ -12,7 +12,7 @@ import fnmatch
 import inspect
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -56,23 +56,27 @@ class Registry:
     def _files(self, kind: str) -> list[Path]:
         return [f for folder in self._folders(kind) for f in sorted(folder.glob("*.toml"))]
 
+    def _tables(self, kind: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Every table of a kind: its name, where it stands, and its keys over the file's own."""
+        for path in self._files(kind):
+            tables = read_toml(path)
+            shared = _table(tables.pop("defaults", {}), f"{path}: [defaults]")
+            for name, value in tables.items():
+                where = f"{path}: [{name}]"
+                yield name, where, {"name": name} | merge(shared, _table(value, where))
+
     @cached_property
     def models(self) -> dict[str, ModelSpec]:
         """Every model, each variant under `name@variant`, in registry order."""
         out: dict[str, ModelSpec] = {}
-        for path in self._files("models"):
-            tables = read_toml(path)
-            shared = _table(tables.pop("defaults", {}), f"{path}: [defaults]")
-            for name, value in tables.items():
-                table = _table(value, f"{path}: [{name}]")
-                variants = _table(table.pop("variants", {}), f"{path}: [{name}.variants]")
-                whole = merge(shared, table)
-                out[name] = build(ModelSpec, {"name": name} | whole, f"{path}: [{name}]")
-                for variant, changes in variants.items():
-                    full = f"{name}@{variant}"
-                    where = f"{path}: [{name}.variants.{variant}]"
-                    whole_variant = {"name": full} | merge(whole, _table(changes, where))
-                    out[full] = build(ModelSpec, whole_variant, where)
+        for name, where, table in self._tables("models"):
+            within = where.removesuffix("]") + ".variants"
+            variants = _table(table.pop("variants", {}), f"{within}]")
+            out[name] = build(ModelSpec, table, where)
+            for variant, changes in variants.items():
+                full, place = f"{name}@{variant}", f"{within}.{variant}]"
+                whole = merge(table, {"name": full} | _table(changes, place))
+                out[full] = build(ModelSpec, whole, place)
         return out
 
     @cached_property
@@ -85,18 +89,11 @@ class Registry:
     @cached_property
     def datasets(self) -> dict[str, DatasetSpec]:
         """Tables of registry/datasets/*.toml, and every folder there with a dataset.toml."""
-        out: dict[str, DatasetSpec] = {}
-        for path in self._files("datasets"):
-            tables = read_toml(path)
-            shared = _table(tables.pop("defaults", {}), f"{path}: [defaults]")
-            for name, value in tables.items():
-                where = f"{path}: [{name}]"
-                table = merge(shared, _table(value, where))
-                out[name] = build(DatasetSpec, {"name": name} | table, where)
+        named = self._tables("datasets")
+        out = {name: build(DatasetSpec, table, where) for name, where, table in named}
         for folder in self._folders("datasets"):
-            for path in sorted(folder.glob("*/dataset.toml")):
-                spec = folder_dataset(path.parent)
-                out[spec.name] = spec
+            found = (folder_dataset(path.parent) for path in sorted(folder.glob("*/dataset.toml")))
+            out |= {spec.name: spec for spec in found}
         return out
 
     @cached_property
@@ -190,12 +187,11 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     from pydantic import ValidationError
 
     check_keys(table, [f.name for f in dataclasses.fields(cls)], where)  # type: ignore[arg-type]
-    turns = table.get("messages", ())
-    for turn in turns if isinstance(turns, list) else ():
-        if isinstance(turn, dict):  # any other type is the validator's to refuse
-            check_keys(turn, [f.name for f in dataclasses.fields(Turn)], f"{where}.messages")
-    if isinstance(table.get("limits"), dict):
-        check_keys(table["limits"], [f.name for f in dataclasses.fields(Limits)], f"{where}.limits")
+    turns = table.get("messages")
+    nested = [("messages", Turn, turn) for turn in turns] if isinstance(turns, list) else []
+    for key, kind, inner in [*nested, ("limits", Limits, table.get("limits"))]:
+        if isinstance(inner, dict):  # any other type is the validator's to refuse
+            check_keys(inner, [f.name for f in dataclasses.fields(kind)], f"{where}.{key}")
     try:
         return _validator(cls).validate_python(table)  # type: ignore[arg-type, no-any-return]
     except ValidationError as error:
@@ -242,34 +238,34 @@ def override(spec: ModelSpec, assignments: Iterable[str]) -> ModelSpec:
 
     Values are TOML where they parse as TOML, text otherwise. What changed is kept in `overrides`.
     """
-    changed = dict(spec.overrides)
     for text in assignments:
-        key, equals, raw = text.partition("=")
-        if not equals or not key.strip():
+        key, equals, raw = map(str.strip, text.partition("="))
+        if not equals or not key:
             raise RegistryError(f"--set expects option=value, got {text!r}")
-        group, dot, rest = key.strip().partition(".")
-        if dot and group in ("limits", "sampling", "options"):
-            name = option_name(rest)
-            table = {**getattr(spec, group), name: toml_value(raw)}
-            changes: dict[str, Any] = {group: table}
-            spec = replace(spec, **changes)
-            key = name if group == "options" else f"{group}.{name}"
-        elif key.strip() in ("adapter_mode", "dtype", "prompt", "raw_special_tokens"):
-            key = key.strip()
+        group, _, name = key.rpartition(".")
+        value = toml_value(raw)
+        changes: dict[str, Any]
+        if key in ("adapter_mode", "dtype", "prompt", "raw_special_tokens"):
             hint = typing.get_type_hints(ModelSpec)[key]
-            changes = {key: _typed(hint, key, toml_value(raw), f"model {spec.name}")}
-            spec = replace(spec, **changes)
+            changes = {key: _typed(hint, key, value, f"model {spec.name}")}
+        elif group in ("limits", "sampling"):
+            changes = {group: {**getattr(spec, group), option_name(name): value}}
+            key = f"{group}.{option_name(name)}"
         else:
-            key = option_name(key)
-            spec = replace(spec, options={**spec.options, key: toml_value(raw)})
-        changed[key] = raw.strip()
-    return replace(spec, overrides=tuple(changed.items()))
+            key = option_name(key.removeprefix("options."))
+            changes = {"options": {**spec.options, key: value}}
+        spec = noted(spec, key, raw, **changes)
+    return spec
 
 
 def with_method(spec: ModelSpec, method: str) -> ModelSpec:
     """Another method for the same model; its old options do not carry over."""
-    changed = {**dict(spec.overrides), "method": method}
-    return replace(spec, method=method, options={}, overrides=tuple(changed.items()))
+    return noted(spec, "method", method, method=method, options={})
+
+
+def noted(spec: ModelSpec, key: str, shown: str, **changes: Any) -> ModelSpec:
+    """The spec with changes, and what its cells' names show of them."""
+    return replace(spec, **changes, overrides=tuple({**dict(spec.overrides), key: shown}.items()))
 
 
 def toml_value(raw: str) -> Any:
@@ -285,14 +281,10 @@ def bind(function: Callable[..., Any], options: Mapping[str, Any], where: str) -
     The parameters' annotations are the schema, bounds included (`Annotated[int, Ge(1)]`).
     """
     hints = typing.get_type_hints(function, include_extras=True)
-    schema = {
-        p.name: p
-        for p in inspect.signature(function).parameters.values()
-        if p.kind == p.KEYWORD_ONLY
-    }
-    check_keys(options, schema, where)
-    bound = {name: p.default for name, p in schema.items()}
-    return bound | {name: _typed(hints[name], name, v, where) for name, v in options.items()}
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
+    check_keys(options, defaults, where)
+    return defaults | {name: _typed(hints[name], name, v, where) for name, v in options.items()}
 
 
 def _typed(hint: Any, name: str, value: Any, where: str) -> Any:
@@ -308,10 +300,8 @@ def _typed(hint: Any, name: str, value: Any, where: str) -> Any:
 
 def limits_for(spec: ModelSpec, prompt: Prompt) -> Limits:
     """The prompt's limits with the model's own laid over; unknown keys are errors."""
-    known = {f.name: getattr(prompt.limits, f.name) for f in dataclasses.fields(Limits)}
-    where = f"model {spec.name}: limits"
-    check_keys(spec.limits, known, where)
-    return build(Limits, {**known, **spec.limits}, where)
+    own = dataclasses.asdict(prompt.limits) | dict(spec.limits)
+    return build(Limits, own, f"model {spec.name}: limits")
 
 
 def in_domain(trained_on: Iterable[str], dataset: str, family: str) -> bool:

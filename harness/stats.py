@@ -9,15 +9,18 @@ per-query rows of a CellResult; it must not know tables, plots or how a cell was
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 from harness.types import DEFAULT_SEED, CellResult, DataError
 
 CHUNK = 4_000_000  # most numbers in one array of resamples: tens of megabytes
 TIE = 1e-12  # values that differ by less are equal: sums in another order differ by this much
+DIGITS = 12  # that an interval has on every machine
+RESAMPLES = 10_000
+BLOCKS = 32  # of queries, that a permutation of all of them is put together from
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,6 @@ class NonInferiority:
     mean: float
     low: float
     high: float
-    margin: float
     verdict: Verdict
 
 
@@ -75,13 +77,7 @@ def by_query(cell: CellResult, measure: str) -> dict[str, float]:
     return {str(row["qid"]): row[measure] for row in cell.per_query if row.get(measure) is not None}
 
 
-def align(a: CellResult, b: CellResult, measure: str) -> tuple[list[float], list[float]]:
-    """Both cells' per-query values in a's order; raises DataError where the queries differ."""
-    left, right = align_all([a, b], measure)
-    return left, right
-
-
-def align_all(cells: Sequence[CellResult], measure: str) -> list[list[float]]:
+def align(cells: Sequence[CellResult], measure: str) -> list[list[float]]:
     """Per-query values of cells of one dataset, all in the first one's order of queries.
 
     Raises DataError where the queries differ.
@@ -94,139 +90,160 @@ def align_all(cells: Sequence[CellResult], measure: str) -> list[list[float]]:
     return [[values[qid] for qid in first] for values in (first, *others)]
 
 
-def bootstrap_interval(
-    values: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = DEFAULT_SEED
-) -> Interval:
-    """BCa interval of the mean (Efron 1987); (nan, nan) for fewer than two values."""
-    return _bca((values,), level, resamples, seed)
+# --- one number for many tests ----------------------------------------------------------------
+
+Strata = Sequence[Any]  # one value of every query, dataset by dataset
+Pair = Sequence[Sequence[float]]  # two systems' values of the same queries
 
 
-def _bca(
-    strata: Sequence[Sequence[float]], level: float = 0.95, resamples: int = 10_000,
-    seed: int = DEFAULT_SEED,
-) -> Interval:  # fmt: skip
-    """Of the mean of the strata's means; each stratum is resampled within itself."""
+def _each(work: Callable[..., Iterable[Any]], tests: Sequence[Strata], *terms: Any) -> list[Any]:
+    """work of every test; those over equally many queries share what is drawn at random.
+
+    Kept, as a report asks for the same test in several tables.
+    """
     import numpy as np
-    from scipy.stats import bootstrap
 
-    data = [np.asarray(values, dtype=float) for values in strata]
-    if min(map(len, data), default=0) < 2:
-        return Interval(math.nan, math.nan)
-    if max(map(np.ptp, data)) <= TIE:  # no spread to resample
-        mean = sum(float(values[0]) for values in data) / len(data)
-        return Interval(mean, mean)
-    rng, batch = np.random.Generator(np.random.PCG64(seed)), max(1, CHUNK // sum(map(len, data)))
-    found = bootstrap(
-        data, _macro_mean, confidence_level=level, n_resamples=resamples, batch=batch,
-        method="BCa", random_state=rng,
-    ).confidence_interval  # fmt: skip
-    return Interval(float(found.low), float(found.high))
+    arrays = [[np.asarray(values, dtype=float) for values in strata] for strata in tests]
+    keys = [(work, terms, *(values.tobytes() for values in strata)) for strata in arrays]
+    new: dict[tuple[int, ...], dict[Any, list[Any]]] = defaultdict(dict)
+    for key, strata in zip(keys, arrays):
+        if key not in _KNOWN:
+            new[tuple(map(len, strata))][key] = strata
+    for alike in new.values():
+        _KNOWN.update(zip(alike, work(list(alike.values()), *terms)))
+    return [_KNOWN[key] for key in keys]
 
 
-def _macro_mean(*strata: Any, axis: int) -> Any:
-    return sum(values.mean(axis=axis) for values in strata) / len(strata)
+_KNOWN: dict[tuple[Any, ...], Any] = {}
 
 
-_once = cache(_bca)
+def intervals(
+    tests: Sequence[Strata], level: float = 0.95, seed: int = DEFAULT_SEED
+) -> list[Interval]:
+    """BCa bootstrap interval (Efron 1987) of the mean of each test's datasets' means.
+
+    Each dataset is resampled within itself; (nan, nan) where one has fewer than two values.
+    """
+    return _each(_bca, tests, level, seed)
 
 
-def interval_of(cell: CellResult, measure: str) -> Interval:
-    """Of a cell's mean over its queries; computed once, however many reports show it."""
-    return macro_interval([cell], measure)
+def bootstrap_interval(
+    values: Sequence[float], level: float = 0.95, seed: int = DEFAULT_SEED
+) -> Interval:
+    """The same of one mean."""
+    return intervals([[values]], level, seed)[0]
 
 
 def macro_interval(cells: Sequence[CellResult], measure: str) -> Interval:
     """Of the unweighted mean over several datasets' cells."""
-    return _once(tuple(tuple(by_query(cell, measure).values()) for cell in cells))
+    return intervals([[list(by_query(cell, measure).values()) for cell in cells]])[0]
 
 
-Pair = tuple[Sequence[float], Sequence[float]]  # two systems' values of the same queries
+def _bca(tests: Sequence[Strata], level: float, seed: int) -> list[Interval]:
+    import numpy as np
+    from scipy.special import ndtr, ndtri
+
+    if min(map(len, tests[0]), default=0) < 2:
+        return [Interval(math.nan, math.nan)] * len(tests)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    parts = [np.array(values) / len(tests[0]) for values in zip(*tests)]
+    means = sum(part.mean(axis=1) for part in parts)
+    moved = [part - part.mean(axis=1, keepdims=True) for part in parts]  # each tests x queries
+    found = sum(_resampled(part, rng) for part in moved)  # resamples x tests, around 0
+    square, cube = (sum(np.sum((x / x.shape[1]) ** n, axis=1) for x in moved) for n in (2, 3))
+    skew = cube / (6 * np.maximum(square, TIE**2) ** 1.5)
+    below = (np.mean(found < -TIE, axis=0) + np.mean(found <= TIE, axis=0)) / 2
+    bias, tails = ndtri(below), ndtri([[(1 - level) / 2], [(1 + level) / 2]])
+    shares = ndtr(bias + (bias + tails) / (1 - skew * (bias + tails)))
+    ends = (m + np.quantile(column, s) for m, column, s in zip(means, found.T, shares.T))
+    return [Interval(*(round(float(end), DIGITS) for end in both)) for both in ends]
 
 
-def sign_flip(a: Sequence[float], b: Sequence[float], seed: int = DEFAULT_SEED) -> float:
-    """Fisher's two-sided randomisation test on paired values: p = (extreme + 1) / (B + 1).
+def _resampled(values: Any, rng: Any) -> Any:
+    """Means of resamples of the queries, resamples x tests."""
+    import numpy as np
 
-    B is 100 000 up to 200 pairs and 10 000 above; p is never 0.
-    """
-    return macro_sign_flip([(a, b)], seed)
+    n, means = values.shape[1], []
+    for size in _chunks(RESAMPLES, n):
+        drawn = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
+        means.append(counts @ values.T / n)
+    return np.concatenate(means)
 
 
-def macro_sign_flip(pairs: Sequence[Pair], seed: int = DEFAULT_SEED) -> float:
-    """The same test of the mean over several datasets' mean differences."""
-    return sign_flips([pairs], seed)[0]
+def _chunks(total: int, width: int) -> Iterator[int]:
+    """Numbers of rows, as many at once as there is room for."""
+    size = max(1, CHUNK // width)
+    return (min(size, total - done) for done in range(0, total, size))
 
 
 def sign_flips(tests: Sequence[Sequence[Pair]], seed: int = DEFAULT_SEED) -> list[float]:
-    """macro_sign_flip of each; tests over equally many queries see the same flips, drawn once."""
+    """Fisher's two-sided randomisation test of each mean over datasets' mean differences.
+
+    p = (extreme + 1) / (B + 1), never 0; B is 100 000 up to 200 pairs and 10 000 above.
+    """
+    return _each(_flipped, [_differences(pairs) for pairs in tests], seed)
+
+
+def _flipped(tests: Sequence[Strata], seed: int) -> Iterator[float]:
     import numpy as np
 
-    weighted = [_weighted([_differences(a, b) for a, b in pairs]) for pairs in tests]
-    rows = [np.concatenate(strata).tobytes() for strata in weighted]
-    for size in {len(row) for row in rows}:
-        new = tuple({r: None for r in rows if len(r) == size and (r, seed) not in _KNOWN})
-        _KNOWN.update({(r, seed): p for r, p in zip(new, _flipped(new, seed) if new else ())})
-    return [_KNOWN[row, seed] for row in rows]
-
-
-_KNOWN: dict[tuple[bytes, int], float] = {}  # a report asks for the same test in several tables
-
-
-def _flipped(rows: Sequence[bytes], seed: int) -> list[float]:
-    """p of every row of differences; all rows are equally long."""
-    import numpy as np
-
-    d = np.array([np.frombuffer(row) for row in rows]).T  # queries x tests
-    flips, size = 100_000 if len(d) <= 200 else 10_000, max(1, CHUNK // len(d))
+    d = np.array([np.concatenate(_weighted(strata)) for strata in tests]).T  # queries x tests
+    flips, extreme = 100_000 if len(d) <= 200 else 10_000, np.zeros(len(tests), dtype=int)
     rng, sums = np.random.Generator(np.random.PCG64(seed)), d.sum(axis=0)
-    extreme = np.zeros(len(rows), dtype=int)
-    for done in range(0, flips, size):
-        bits = rng.integers(0, 256, (min(size, flips - done), -(-len(d) // 8)), np.uint8)
+    for size in _chunks(flips, len(d)):
+        bits = rng.integers(0, 256, (size, -(-len(d) // 8)), np.uint8)
         kept = np.unpackbits(bits, axis=1, count=len(d))  # 1: its sign stays, 0: it is flipped
-        extreme += np.sum(np.abs(kept @ (2 * d) - sums) >= np.abs(sums) - TIE, axis=0)
-    return [(int(count) + 1) / (flips + 1) for count in extreme]
+        moved = kept @ (2 * d)
+        moved -= sums
+        extreme += np.count_nonzero(np.abs(moved, out=moved) >= np.abs(sums) - TIE, axis=0)
+    return ((int(count) + 1) / (flips + 1) for count in extreme)
 
 
-def _weighted(strata: Sequence[Any]) -> list[Any]:
+def _weighted(strata: Strata) -> list[Any]:
     """Scaled so that the mean over all rows is the mean of the strata's means."""
     n = sum(map(len, strata))
     return [values * (n / (len(strata) * len(values))) for values in strata]
 
 
-def _differences(a: Sequence[float], b: Sequence[float]) -> Any:
+def _differences(pairs: Sequence[Pair]) -> list[Any]:
     import numpy as np
 
-    if len(a) != len(b) or not len(a):
-        raise ValueError(f"paired values need the same queries, got {len(a)} and {len(b)}")
-    return np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    for a, b in pairs:
+        if len(a) != len(b) or not len(a):
+            raise ValueError(f"paired values need the same queries, got {len(a)} and {len(b)}")
+    return [np.asarray(a, dtype=float) - np.asarray(b, dtype=float) for a, b in pairs]
 
 
-def paired(a: Sequence[float], b: Sequence[float], seed: int = DEFAULT_SEED) -> Paired:
-    """Compare two systems query by query; a and b hold the same queries in the same order."""
-    return stratified([(a, b)], seed)
+def paired(tests: Sequence[Sequence[Pair]], seed: int = DEFAULT_SEED) -> list[Paired]:
+    """Compare two systems in every test: a pair of equally ordered values for each dataset.
+
+    Over several datasets the difference is the mean of their means.
+    """
+    strata = [_differences(pairs) for pairs in tests]
+    found = zip(strata, intervals(strata, seed=seed), sign_flips(tests, seed))
+    return [_paired(*one) for one in found]
 
 
-def stratified(pairs: Sequence[Pair], seed: int = DEFAULT_SEED) -> Paired:
-    """Compare two systems over several datasets, one pair each, by the mean of their means."""
+def _paired(strata: Strata, interval: Interval, fisher_p: float) -> Paired:
     import numpy as np
 
-    strata = [_differences(a, b) for a, b in pairs]
-    d, interval = np.concatenate(strata), _bca(strata, seed=seed)
-    mean = float(np.mean([values.mean() for values in strata]))
-    t_p, d_z = _student(strata[0]) if len(strata) == 1 else (math.nan, math.nan)
+    d, mean = np.concatenate(strata), float(np.mean([values.mean() for values in strata]))
+    t_p, d_z = _student(d) if len(strata) == 1 else (math.nan, math.nan)
     wins, losses = int(np.sum(d > TIE)), int(np.sum(d < -TIE))
-    fisher_p, counts = macro_sign_flip(pairs, seed), (wins, len(d) - wins - losses, losses, len(d))
+    counts = (wins, len(d) - wins - losses, losses, len(d))
     return Paired(mean, interval.low, interval.high, t_p, fisher_p, d_z, *counts)
 
 
 def _student(d: Any) -> tuple[float, float]:
     """The paired t test's p and Hedges' d_z; nan where all differences are equal but not 0."""
     import numpy as np
-    from scipy.stats import ttest_1samp
+    from scipy.special import stdtr
 
     if np.ptp(d) <= TIE:
         return (1.0, 0.0) if abs(d.mean()) <= TIE else (math.nan, math.nan)
-    d_z = float(d.mean() / np.std(d, ddof=1)) * (1 - 3 / (4 * (len(d) - 1) - 1))
-    return float(ttest_1samp(d, 0).pvalue), d_z
+    d_z, n = float(d.mean() / np.std(d, ddof=1)), len(d)
+    return 2 * float(stdtr(n - 1, -abs(d_z) * math.sqrt(n))), d_z * (1 - 3 / (4 * (n - 1) - 1))
 
 
 def non_inferiority(
@@ -234,20 +251,20 @@ def non_inferiority(
 ) -> NonInferiority:
     """Paired test over the same queries in the same order; raises ValueError where they differ."""
     import numpy as np
-    from scipy.stats import ttest_1samp
+    from scipy.special import stdtrit
 
     if not margin > 0:
         raise ValueError(f"margin {margin}: expected a number above 0")
-    d = _differences(new, old)
-    mean, interval = float(d.mean()), bootstrap_interval(d, 0.9, seed=seed)
+    [d] = _differences([(new, old)])
+    mean, interval = float(d.mean()), bootstrap_interval(d, 0.9, seed)
     low, high = interval.low, interval.high
     if np.ptp(d) > TIE:
-        student = ttest_1samp(d, 0).confidence_interval(0.9)
-        low, high = min(low, float(student.low)), max(high, float(student.high))
+        half = float(stdtrit(len(d) - 1, 0.95) * np.std(d, ddof=1)) / math.sqrt(len(d))
+        low, high = min(low, mean - half), max(high, mean + half)
     verdict: Verdict = "pass" if low > -margin else "inconclusive"
     if high < 0 and mean <= -margin:
         verdict = "fail"
-    return NonInferiority(mean, low, high, margin, verdict)
+    return NonInferiority(mean, low, high, verdict)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -275,21 +292,26 @@ Field = Sequence[Sequence[Sequence[float]]]  # datasets x systems x queries
 def tukey(field: Field, permutations: int = 5_000, seed: int = DEFAULT_SEED) -> Any:
     """Randomised Tukey HSD (Carterette 2012): p of every pair of systems, systems x systems.
 
-    Queries are blocks: their values are permuted among the systems, and a pair's difference is
+    Queries are blocked: their values are permuted among the systems, and a pair's difference is
     held against the range of all systems' means, so that no further correction is needed. A
     system far from the others widens that range: the others' small differences then go unseen.
+
+    Drawn are 500 tables of permuted values; each of the 5,000 permutations takes every one of 32
+    runs of queries from a table of its own. Each is uniform and independent between queries, as
+    if drawn alone; p's standard error is that of 5,000 that have no runs in common (a test).
     """
     import numpy as np
 
     rows = np.concatenate(_weighted([np.asarray(systems, dtype=float).T for systems in field]))
-    means, extreme = rows.mean(axis=0), np.zeros((rows.shape[1],) * 2)
+    means, rng = rows.mean(axis=0), np.random.Generator(np.random.PCG64(seed))
+    starts = np.unique(np.linspace(0, len(rows), BLOCKS, endpoint=False, dtype=int))
+    tables = -(-permutations // 10)
+    sums = np.array([np.add.reduceat(rng.permuted(rows, axis=1), starts) for _ in range(tables)])
+    taken = rng.integers(0, tables, (len(starts), permutations))
+    totals = sum(sums[chosen, run] for run, chosen in enumerate(taken))
+    ranges = np.sort(np.ptp(totals, axis=1)) / len(rows)
     gaps = np.abs(means[:, None] - means) - TIE
-    rng, size = np.random.Generator(np.random.PCG64(seed)), max(1, CHUNK // rows.size)
-    for done in range(0, permutations, size):
-        many = np.broadcast_to(rows, (min(size, permutations - done), *rows.shape))
-        ranges = np.ptp(rng.permuted(many, axis=2).mean(axis=1), axis=1)
-        extreme += np.sum(ranges[:, None, None] >= gaps, axis=0)
-    return (extreme + 1) / (permutations + 1)
+    return (permutations - np.searchsorted(ranges, gaps) + 1) / (permutations + 1)
 
 
 def rank_groups(field: Field, alpha: float = 0.05, seed: int = DEFAULT_SEED) -> list[str]:
@@ -312,9 +334,9 @@ def minimal_detectable(sd: float, n: int, alpha: float = 0.05, power: float = 0.
     sd is that of the per-query differences; the answer is in its units, nan for n < 2. From the
     central t distribution, which is within 1 % of the non-central one from 20 queries on.
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     if n < 2:
-        return float("nan")
-    needed = t.ppf(1 - alpha / 2, n - 1) + t.ppf(power, n - 1)
+        return math.nan
+    needed = stdtrit(n - 1, 1 - alpha / 2) + stdtrit(n - 1, power)
     return float(needed) * sd / math.sqrt(n)

@@ -216,11 +216,15 @@ def read_trace(folder: Path) -> Iterator[dict[str, Any]]:
 # --- a run that is going ----------------------------------------------------------------------
 
 
-def write_progress(results: Path, cells: Sequence[Mapping[str, Any]]) -> None:
+def write_progress(
+    results: Path, cells: Sequence[Mapping[str, Any]], crew: Mapping[str, Any] | None = None
+) -> None:
     """Tell who watches the folder what this process is at; no cells: it has ended.
 
-    One mapping a cell: "cell" (its folder), "state" (planned, running, complete, failed), and of a
-    running one "done" and "total" queries and "calls".
+    cells  of each "cell" (its folder), "state" (planned, running, complete, failed), and of a
+           running one "done" and "total" queries and "calls"
+    crew   of a run over many workers "shards" (open), "workers" (up), "calls",
+           "calls_per_second" and predicted "seconds_left"
     """
     path = results / f".running-{os.getpid()}.json"
     with contextlib.suppress(OSError):  # nobody's result depends on being watched
@@ -229,18 +233,20 @@ def write_progress(results: Path, cells: Sequence[Mapping[str, Any]]) -> None:
             return
         results.mkdir(parents=True, exist_ok=True)
         work = path.with_suffix(".new")
-        work.write_text(json.dumps(list(cells)), encoding="utf-8")
+        told = {"cells": list(cells), "crew": dict(crew or {})}
+        work.write_text(json.dumps(told), encoding="utf-8")
         work.replace(path)
 
 
 def read_progress(results: Path) -> list[dict[str, Any]]:
-    """The cells of every run of this machine that is going; what a killed one left counts not."""
-    cells: list[dict[str, Any]] = []
+    """What every run of this machine that is going has told, "cells" and "crew"; what a killed
+    one left counts not."""
+    runs: list[dict[str, Any]] = []
     for path in sorted(results.glob(".running-*.json")):
         with contextlib.suppress(OSError, ValueError):
             os.kill(int(path.stem.rpartition("-")[2]), 0)
-            cells += json.loads(path.read_text(encoding="utf-8"))
-    return cells
+            runs.append(json.loads(path.read_text(encoding="utf-8")))
+    return runs
 
 
 def ir_metadata(record: Mapping[str, Any]) -> str:

@@ -38,6 +38,16 @@ class HarnessError(Exception):
 
     exit_code = 1
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors cross processes as their class and message, whatever their __init__ takes."""
+        return _error, (type(self), str(self))
+
+
+def _error(kind: type[HarnessError], message: str) -> HarnessError:
+    error = kind.__new__(kind)
+    error.args = (message,)
+    return error
+
 
 class UsageError(HarnessError):
     """Flags that cannot be combined."""
@@ -111,8 +121,19 @@ class Fault(StrEnum):
     TOO_LONG = "too_long"  # the prompt did not fit the model's context
 
 
+class Packed:
+    """Pickled as its fields' values: dataclasses with slots look every field up, at ten times the
+    cost, and a cluster sends some thousands a second."""
+
+    __slots__ = ()
+    __match_args__: tuple[str, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple([getattr(self, name) for name in self.__match_args__])
+
+
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Packed):
     """One passage as the first stage returned it; `score` is the first stage's."""
 
     docid: str
@@ -122,7 +143,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Parsed:
+class Parsed(Packed):
     """One model answer, understood.
 
     order   positions of the shown documents, best first: a full permutation (listwise),
@@ -138,7 +159,7 @@ class Parsed:
 
 
 @dataclass(frozen=True, slots=True)
-class Ranking:
+class Ranking(Packed):
     """A permutation of a query's candidates, with what was understood of every call behind it.
 
     parsed has one entry per request, in the order in which the method yielded the requests.
@@ -154,7 +175,7 @@ class Ranking:
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
+class Query(Packed):
     """A query and its candidates in first-stage order.
 
     `judgements` (docid -> grade) is filled for the oracle alone; a model's method never sees it.
@@ -170,11 +191,11 @@ class Query:
         """Turn positions into docids; raises ValueError unless `order` is a permutation."""
         if sorted(order) != list(range(len(self.candidates))):
             raise ValueError(f"query {self.qid}: the order is not a permutation of its candidates")
-        return Ranking(tuple(self.candidates[i].docid for i in order), tuple(parsed))
+        return Ranking(tuple([self.candidates[i].docid for i in order]), tuple(parsed))
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class Message(Packed):
     """One chat turn."""
 
     role: str
@@ -182,7 +203,7 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Request(Packed):
     """ONE engine call. Equal requests are the same call; no query id is inside.
 
     messages | text   a chat for the model's own template, or raw text without any template
@@ -210,7 +231,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(Packed):
     """What the engine answered. Times are seconds, counts are the engine's own tokens."""
 
     text: str = ""
@@ -280,7 +301,7 @@ class Engine(Interface):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Call(Packed):
     """One answered call of one query: the line of the trace."""
 
     round: int
@@ -292,7 +313,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Packed):
     """A finished query: its ranking and every call behind it.
 
     rounds    the serial depth

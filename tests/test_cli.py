@@ -75,8 +75,8 @@ def write(folder, files):
     return folder
 
 
-def python(place, *args, stdin=None):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1"}
+def python(place, *args, stdin=None, **settings):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1", **settings}
     done = subprocess.run(
         [sys.executable, *args], cwd=place, env=env, input=stdin, capture_output=True, text=True
     )
@@ -204,6 +204,24 @@ def test_numbers_out_of_bounds_are_refused(place):
             f"{run} --concurrency 0": (2, "--concurrency 0: expected at least 1"),
         },
     )
+
+
+def test_a_byte_that_is_not_utf8_is_refused_in_one_line(place):
+    odd = b"od\xff".decode("utf-8", "surrogateescape")
+    write(place / odd, SMALL)
+    runs = f"run -m first-stage -d {odd}", f"status --results={odd}", f"list --registry {odd}"
+    for line in runs:
+        said = harness(place, line)
+        assert (said.code, said.out) == (2, ""), said
+        [told] = said.err.splitlines()
+        assert told.startswith("harness: "), told
+        assert "od\\udcff': expected UTF-8" in told
+
+
+def test_what_the_terminal_cannot_show_is_escaped(place):
+    said = python(place, "-m", "harness", "list", "methods", PYTHONIOENCODING="ascii")
+    assert (said.code, said.err) == (0, "")
+    assert "\\u2014" in said.out
 
 
 def test_what_is_not_there_is_code_four(place):
@@ -508,6 +526,50 @@ def test_a_budget_of_gpu_hours_is_checked_before_anything_runs(place):
     assert (allowed.code, free.code) == (0, 0)
     assert [row.split()[0] for row in allowed.out.splitlines()[1:]] == ["small", "small", "total"]
     assert "a100_hours" in allowed.out.splitlines()[0]
+
+
+def test_a_table_folds_at_the_width_of_the_terminal_and_loses_nothing(place):
+    assert harness(place, "run -m first-stage,oracle -d small --results out -q").code == 0
+    narrow, wide = (
+        python(place, "-m", "harness", "status", "--results", "out", COLUMNS=width)
+        for width in ("60", "200")
+    )
+    assert max(map(len, wide.out.splitlines())) > 60 >= max(map(len, narrow.out.splitlines()))
+    assert narrow.out.split() == wide.out.split()
+    assert len(wide.out.splitlines()) == 3
+    first = [line for line in narrow.out.splitlines() if not line.startswith(" ")]
+    assert [line.split()[0] for line in first] == ["dataset", "small", "small"]
+    assert all(line.startswith("    ") for line in narrow.out.splitlines() if line not in first)
+
+
+def test_cells_with_different_first_measures_say_which_is_meant(place):
+    rr = {**SMALL, "dataset.toml": 'name = "rr"\nmeasures = ["RR@10"]\n'}
+    write(place / "rr", rr)
+    assert harness(place, "run -m oracle -d small,rr --results out -q").code == 0
+    rows = json.loads(harness(place, "status --results out --format json").out)
+    assert [(row["dataset"], row["measure"]) for row in rows] == [
+        ("rr", "RR@10"),
+        ("small", "nDCG@10"),
+    ]
+    assert {row["value"] for row in rows} == {1.0}
+
+
+def test_with_a_tokenizer_a_prompt_is_the_exact_text(place, tiny_model):
+    messages, exact, lost = together(
+        place,
+        [
+            "prompt rank-r1-7b -d small",
+            f"prompt rank-r1-7b -d small --tokenizer {tiny_model}",
+            "prompt rank-r1-7b -d small --tokenizer ./nowhere",
+        ],
+    )
+    assert "without --tokenizer, limits in tokens are not applied" in messages.err
+    assert exact.err == ""
+    assert messages.out.startswith("<system>\n")
+    assert exact.out.startswith("<|im_start|>system\n")
+    assert exact.out.endswith("<|im_start|>assistant\n\n")
+    assert "[1] passage d5\n[2] passage d 2\n" in exact.out
+    assert (lost.code, lost.out) == (4, "")
 
 
 def test_a_run_killed_while_writing_leaves_no_half_cell(place):

@@ -232,10 +232,6 @@ def audited(spec, first_stage=None):
     return listing.markdown(audit.rows(figures))
 
 
-def test_the_page_of_datasets_is_the_registry():
-    assert PAGE.partition("\n\n## Audits\n")[0] == listing.datasets_page(REGISTRY)
-
-
 def test_the_page_shows_the_audit_of_pocket():
     shown = PAGE.partition("### pocket")[2].partition("### dl19")[0]
     assert shown.rpartition("```\n")[2].strip() == audited(REGISTRY.datasets["pocket"])

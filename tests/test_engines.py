@@ -10,8 +10,9 @@ import json
 import math
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -108,10 +109,11 @@ def one_thread() -> Iterator[None]:
 def open_hf(tiny_model: Path, one_thread: None) -> Callable[..., Any]:
     """Opens the transformers engine on the tiny model, with parts of the spec replaced."""
 
-    def opened(settings: Mapping[str, Any] | None = None, **spec: Any) -> Any:
+    def opened(*, continuous: bool = False, **spec: Any) -> Any:
         fields = {"name": "tiny", "method": "first-stage", "base": str(tiny_model)}
-        model = ModelSpec(**(fields | {"dtype": "float32"} | spec))
-        return open_engine("hf", model, **(settings or {}))
+        engine: Any = open_engine("hf", ModelSpec(**(fields | {"dtype": "float32"} | spec)))
+        engine.continuous = engine.continuous or continuous
+        return engine
 
     return opened
 
@@ -125,10 +127,9 @@ def hf(open_hf: Callable[..., Any]) -> Any:
 def open_vllm(tiny_model: Path) -> Callable[..., Any]:
     """Opens vLLM on the tiny model, with parts of the spec replaced; its process stays."""
 
-    def opened(settings: Mapping[str, Any] | None = None, **spec: Any) -> Any:
+    def opened(**spec: Any) -> Any:
         fields = {"name": "tiny", "method": "first-stage", "base": str(tiny_model)}
-        model = ModelSpec(**(fields | {"dtype": "float32"} | spec))
-        return open_engine("vllm", model, **(settings or {}))
+        return open_engine("vllm", ModelSpec(**(fields | {"dtype": "float32"} | spec)))
 
     return opened
 
@@ -180,6 +181,40 @@ def test_calls_may_be_submitted_between_polls(engine: Engine) -> None:
     first = engine.poll()
     engine.submit(8, MIXED[1])
     assert [number for number, _ in [*first, *engine.poll()]] == [7, 8]
+
+
+class Held:
+    """A tokenizer that holds every prompt back until it is let go, and notes who asked what."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.go, self.asked = tokenizer, threading.Event(), list[str]()
+        self.threads: set[threading.Thread] = set()
+
+    def __call__(self, text: str, **settings: Any) -> Any:
+        self.asked.append(text)
+        self.threads.add(threading.current_thread())
+        assert self.go.wait(60)
+        return self.tokenizer(text, **settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+def test_submit_returns_before_the_prompt_is_tokenised(model_engine: Engine) -> None:
+    engine: Any = model_engine
+    expected = ask(engine, *MIXED[:3])
+    engine.tokenizer = held = Held(engine.tokenizer)
+    for number, request in enumerate(MIXED[:3]):
+        engine.submit(number, request)
+    before = engine.tokenise_seconds
+    held.go.set()
+    answers: dict[int, Completion] = {}
+    while len(answers) < 3:
+        answers |= dict(engine.poll())
+    assert all(same(expected[number], answer) for number, answer in answers.items())
+    assert held.asked
+    assert threading.current_thread() not in held.threads
+    assert engine.tokenise_seconds > before
 
 
 def test_equal_requests_get_equal_answers(engine: Engine) -> None:
@@ -548,14 +583,14 @@ def test_without_a_limit_the_models_own_context_holds(hf: Any) -> None:
 
 def test_labels_with_a_common_first_token_are_refused(hf: Any) -> None:
     with pytest.raises(EngineError, match="first token"):
-        hf.submit(0, raw("x", labels=("[1]", "[2]")))
+        ask(hf, raw("x", labels=("[1]", "[2]")))
 
 
 def test_a_label_or_prompt_without_tokens_is_refused(hf: Any) -> None:
     with pytest.raises(EngineError, match="first token"):
-        hf.submit(0, raw("x", labels=("", "yes")))
+        ask(hf, raw("x", labels=("", "yes")))
     with pytest.raises(EngineError, match="empty prompt"):
-        hf.submit(0, raw("", labels=("no", "yes")))
+        ask(hf, raw("", labels=("no", "yes")))
 
 
 def test_a_chat_without_a_template_is_an_engine_error(
@@ -564,7 +599,28 @@ def test_a_chat_without_a_template_is_an_engine_error(
     bare = Path(shutil.copytree(tiny_model, tmp_path / "bare"))
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(EngineError, match="cannot render the chat"):
-        open_hf(base=str(bare)).submit(0, chat("Hello"))
+        ask(open_hf(base=str(bare)), chat("Hello"))
+
+
+def test_closing_drops_what_waits_for_the_tokenizer(hf: Any) -> None:
+    hf.tokenizer = held = Held(hf.tokenizer)
+    for number in range(9):
+        hf.submit(number, raw("so it is", max_tokens=1))
+    hf.close()
+    held.go.set()
+    for thread in held.threads:
+        thread.join(60)
+    assert held.asked.count("so it is") <= 1
+    hf.tokenizer = held.tokenizer
+    assert ask(hf, raw("so it is", max_tokens=1))[0].output_tokens == 1
+
+
+def test_a_call_that_cannot_be_tokenised_stops_no_other(hf: Any) -> None:
+    hf.submit(0, raw("x", labels=("[1]", "[2]")))
+    hf.submit(1, MIXED[0])
+    with pytest.raises(EngineError, match="first token"):
+        hf.poll()
+    assert [number for number, _ in hf.poll()] == [1]
 
 
 def test_a_batch_that_runs_out_of_memory_is_halved(
@@ -876,7 +932,7 @@ def test_the_embedded_model_knows_the_capital_of_france(capfd: pytest.CaptureFix
 def test_continuous_batching_answers_as_padded_batches_do(open_hf: Callable[..., Any]) -> None:
     prompts = [chat(prose(n, n), max_tokens=4 + n % 5) for n in (3, 30, 9, 14, 22)]
     padded = ask(open_hf(), *prompts)
-    engine = open_hf({"continuous": True})
+    engine = open_hf(continuous=True)
     streamed = ask(engine, *prompts)
     engine.close()
     assert [a.text for a in streamed] == [a.text for a in padded]
@@ -890,7 +946,7 @@ def test_what_continuous_batching_cannot_do_still_runs_in_padded_batches(
     open_hf: Callable[..., Any],
 ) -> None:
     mixed = (*MIXED, chat(prose(9), max_tokens=6, stop=("a",)), chat(prose(900), max_tokens=6))
-    engine = open_hf({"continuous": True})
+    engine = open_hf(continuous=True)
     for ours, plain in zip(ask(engine, *mixed), ask(open_hf(), *mixed), strict=True):
         assert same(ours, plain)
     engine.close()

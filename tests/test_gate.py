@@ -20,7 +20,7 @@ import pytest
 from harness import cell as cells
 from harness import cli, gate, matrix, parse, plan, store
 from harness.cache import Cache
-from harness.cli.gating import _asked_for as asked_for
+from harness.cli.gating import matrix_of
 from harness.data import load
 from harness.engines import open_engine
 from harness.engines.fake import FakeEngine
@@ -39,6 +39,11 @@ def said(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str]:
     with pytest.raises(SystemExit) as stop:
         cli.main([str(arg) for arg in args])
     return int(stop.value.code or 0), capsys.readouterr().out
+
+
+def asked_for(command: str) -> plan.Selection:
+    found: plan.Selection = matrix_of(command).selection()
+    return found
 
 
 def replayed(folder: Path, registry: Path | None = None) -> gate.Check:

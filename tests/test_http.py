@@ -62,7 +62,9 @@ def opened() -> Iterator[Callable[..., Any]]:
         flags = {name: settings.pop(name) for name in names if name in settings}
         url = server if isinstance(server, str) else server.url
         flags = {"base_url": url, "served_model": "tiny"} | flags
-        engine = open_engine("http", spec or model(), Serving(**flags), **{"pause": 0.0} | settings)
+        engine = open_engine("http", spec or model(), Serving(**flags))
+        for name, value in ({"pause": 0.0} | settings).items():
+            setattr(engine, name, value)
         engines.append(engine)
         return engine
 
@@ -235,7 +237,7 @@ def test_concurrency_bounds_the_connections_too(opened: Callable[..., Any]) -> N
 
 def test_calls_in_flight_are_bounded_and_their_time_is_shared(opened: Callable[..., Any]) -> None:
     with serving(meeting(3)) as server:
-        engine = opened(server, capacity=3)
+        engine = opened(server, connections=3)
         started = time.perf_counter()
         found = answers(engine, *[ASKED] * 9)
         spent = time.perf_counter() - started
@@ -343,7 +345,7 @@ def test_answers_that_came_before_a_failure_are_handed_out_first(
 
 def test_closing_does_not_wait_for_calls_that_hang(opened: Callable[..., Any]) -> None:
     with serving(script(Reply(said(), after=600))) as server:
-        engine = opened(server, capacity=2)
+        engine = opened(server, connections=2)
         for number in range(5):
             engine.submit(number, ASKED)
         engine.close()
@@ -543,7 +545,7 @@ def test_what_takes_the_models_tokens_names_the_missing_tokenizer(
         serving(script(said())) as server,
         pytest.raises(MissingResourceError, match="--tokenizer"),
     ):
-        opened(server).submit(0, asked)
+        answers(opened(server), asked)
 
 
 # --- with the model's tokenizer ---------------------------------------------------------------
@@ -603,6 +605,28 @@ def test_a_server_that_does_not_score_a_given_text_is_refused(
 def test_clipping_without_a_tokenizer_names_the_flag(opened: Callable[..., Any]) -> None:
     with pytest.raises(MissingResourceError, match="--tokenizer"):
         opened("http://127.0.0.1:9/v1").clip("a text", 1)
+
+
+def test_a_tokenizer_that_no_network_brings_is_asked_for_once(
+    opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """from_pretrained would ask the hub again for most of a minute."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def no_network(repo: str, **settings: Any) -> str:
+        asked.append(repo)
+        raise hub.errors.LocalEntryNotFoundError("no such host")
+
+    monkeypatch.setattr(hub, "snapshot_download", no_network)
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: asked.clear()
+    )
+    engine = opened("http://127.0.0.1:9/v1", spec=model(base="org/base"))
+    with pytest.raises(MissingResourceError, match=r"--tokenizer.*org/base: no such host"):
+        engine.clip("a text", 1)
+    assert asked == ["org/base"]
 
 
 # --- identity, flags and secrets --------------------------------------------------------------

@@ -20,12 +20,13 @@ LAYERS: dict[str, int] = {
     "schedule": 3, "budget": 3,
     "cell": 4,
     "report": 5, "matrix": 5, "plan": 5, "forecast": 5, "exchange": 5, "gate": 5, "flips": 5,
-    "listing": 5,
+    "listing": 5, "cluster": 5,
     "cli": 6, "__main__": 7,
 }  # fmt: skip
 BESIDE = {
     "prompts": {"parse"}, "specs": {"prompts"}, "published": {"specs"}, "flops": {"specs"},
     "costs": {"flops"}, "forecast": {"matrix"}, "gate": {"plan"},
+    "cluster": {"matrix"},
 }  # fmt: skip
 APART = {
     "rerank": {"engines", "report", "data", "cache", "store"},

@@ -121,7 +121,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> dict[str, View]:
 
 
 def ran(entries: list[matrix.Entry], results: Path, cache: Cache | None = None) -> matrix.Done:
-    return matrix.run(entries, cache or Cache(None), results, Serving())
+    return matrix.run(entries, cache or Cache(None), results, matrix.Local(Serving()))
 
 
 def heard(entry: matrix.Entry) -> list[str]:

@@ -1,7 +1,9 @@
 """Measures: trec_eval's numbers on real runs, and what a lost query costs."""
 
+import random
 from pathlib import Path
 
+import ir_measures
 import pytest
 
 from harness import measure
@@ -139,6 +141,21 @@ def test_scores_equal_in_single_precision_are_ties_as_in_trec_eval():
 )
 def test_a_measure_is_found_under_every_spelling(spelling, name):
     assert str(measure.parse_measure(spelling)) == name
+
+
+def test_values_are_those_of_ir_measures_to_the_last_digit():
+    """Its own reading of every query, whichever of its programs computes the measure."""
+    draw = random.Random(3)
+    docs = [f"d{n}" for n in range(60)]
+    run = {f"q{n}": {d: -float(i) for i, d in enumerate(draw.sample(docs, 40))} for n in range(20)}
+    qrels = {qid: {d: draw.randrange(4) for d in draw.sample(docs, 25)} for qid in run}
+    names = ["nDCG@10", "nDCG", "AP", "AP(rel=2)@20", "P(rel=3)@5", "R@10", "RR", "RR@10", "Bpref",
+             "Judged@10", "Success@5", "SetF", "SetF(beta=0.5)", "IPrec@0.1", "Rprec", "NumRet"]  # fmt: skip
+    parsed = [measure.parse_measure(name) for name in names]
+    found = measure.per_query(run, qrels, names, list(run))
+    rows = list(ir_measures.iter_calc(parsed, qrels, run))
+    assert len(rows) == len(names) * len(run)
+    assert all(found[str(row.measure)][row.query_id] == row.value for row in rows)
 
 
 def test_values_are_keyed_by_the_canonical_name():

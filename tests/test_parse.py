@@ -174,19 +174,6 @@ def test_a_label_cut_off_before_its_tag_closes_is_cut_off() -> None:
         assert (parsed.order, parsed.faults) == ((), (Fault.CUT_OFF,))
 
 
-@pytest.mark.parametrize(
-    ("finish", "fault"), [("filtered", Fault.REFUSED), ("too_long", Fault.TOO_LONG)]
-)
-def test_an_answer_that_was_not_given_is_not_read(finish: Any, fault: Fault) -> None:
-    answer = Completion(text="[2] > [1]", finish=finish, scores=(0.0, -1.0))
-    assert parse.permutation(answer, 2) == Parsed((0, 1), (fault,), changed=False)
-    refused = Parsed((), (fault,), changed=False)
-    assert parse.label(answer, LABELS, SFT) == refused
-    assert parse.best_label(answer, 2) == refused
-    assert parse.relevance(answer) == refused
-    assert parse.likelihood(answer) == refused
-
-
 # --- faults are counted ---------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from harness.prompts import SPECIAL, Limits, Prompt, prepare, query_template, shorten
 from harness.specs import Registry
-from harness.types import Candidate, Completion, DataError, Fault, Query, Request
+from harness.types import Candidate, Completion, DataError, Fault, Parsed, Query, Request
 
 REGISTRY = Registry()
 PUBLISHED = sorted(name for name in REGISTRY.prompts if not name.startswith("smollm2"))
@@ -614,6 +614,21 @@ def test_a_forced_length_is_not_a_cut() -> None:
     parsed = prompt_of("rankzephyr-paper").parse(answer, 3)
     assert parsed.order == (1, 0, 2)
     assert Fault.CUT_OFF not in parsed.faults
+
+
+@pytest.mark.parametrize(
+    ("finish", "fault"), [("filtered", Fault.REFUSED), ("too_long", Fault.TOO_LONG)]
+)
+@pytest.mark.parametrize("kind", ["permutation", "label", "yesno", "likelihood", "reasoning"])
+@pytest.mark.parametrize("pattern", [r"(\[\d+\])", ""])
+def test_an_answer_that_was_not_given_is_not_read(
+    kind: Any, pattern: str, finish: Any, fault: Fault
+) -> None:
+    prompt = Prompt("p", "test", kind, pattern=pattern, stop=("[1]",))
+    answer = Completion(text="[2] > [1]", finish=finish, scores=(-1.0, 0.0))
+    order = (0, 1) if kind == "permutation" else ()
+    assert prompt.parse(replace(answer, finish="stop"), 2).faults == ()
+    assert prompt.parse(answer, 2) == Parsed(order, (fault,), changed=False)
 
 
 def test_yes_and_no_are_scored_and_nothing_is_generated() -> None:

@@ -141,9 +141,9 @@ def test_a_run_tells_its_cells_from_planned_to_complete_and_takes_the_note_away(
     told: list[list[tuple[str, str]]] = []
     write = store.write_progress
 
-    def heard(results: Path, cells: Any) -> None:
-        write(results, cells)
-        read = store.read_progress(results)
+    def heard(results: Path, *progress: Any) -> None:
+        write(results, *progress)
+        read = [row for run in store.read_progress(results) for row in run["cells"]]
         told.append([(row["cell"].rpartition(" ")[2], row["state"]) for row in read])
 
     monkeypatch.setattr(store, "write_progress", heard)

@@ -19,6 +19,10 @@ A = RNG.beta(2, 3, 43)
 B = np.clip(A + RNG.normal(0.05, 0.15, 43), 0, 1)
 
 
+def sign_flip(a: Any, b: Any) -> float:
+    return stats.sign_flips([[(a, b)]])[0]
+
+
 def test_the_interval_is_that_of_scipy() -> None:
     ours = stats.bootstrap_interval(A)
     theirs = scipy.stats.bootstrap(
@@ -53,7 +57,7 @@ def test_sign_flipping_agrees_with_every_flip_counted() -> None:
     flips = itertools.product((1, -1), repeat=len(differences))
     sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in flips]
     exact = sum(s >= abs(sum(differences)) - 1e-12 for s in sums) / len(sums)
-    assert stats.sign_flip(differences, [0.0] * 8) == pytest.approx(exact, abs=0.005)
+    assert sign_flip(differences, [0.0] * 8) == pytest.approx(exact, abs=0.005)
 
 
 def test_sign_flipping_agrees_with_scipy() -> None:
@@ -61,20 +65,20 @@ def test_sign_flipping_agrees_with_scipy() -> None:
         (A, B), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples",
         n_resamples=20_000, vectorized=True, batch=2_000,
     )  # fmt: skip
-    assert stats.sign_flip(A, B) == pytest.approx(test.pvalue, abs=0.01)
+    assert sign_flip(A, B) == pytest.approx(test.pvalue, abs=0.01)
 
 
 def test_a_randomisation_p_is_never_zero_and_one_for_equal_systems() -> None:
-    assert stats.sign_flip([1.0] * 60, [0.0] * 60) == pytest.approx(1 / 100_001)
-    assert stats.sign_flip(A, A) == 1.0
+    assert sign_flip([1.0] * 60, [0.0] * 60) == pytest.approx(1 / 100_001)
+    assert sign_flip(A, A) == 1.0
 
 
 def test_many_queries_take_fewer_flips() -> None:
-    assert stats.sign_flip([1.0] * 201, [0.0] * 201) == pytest.approx(1 / 10_001)
+    assert sign_flip([1.0] * 201, [0.0] * 201) == pytest.approx(1 / 10_001)
 
 
 def test_paired_has_the_t_test_of_scipy_and_a_corrected_effect_size() -> None:
-    found = stats.paired(B, A)
+    [found] = stats.paired([[(B, A)]])
     assert found.t_p == pytest.approx(scipy.stats.ttest_rel(B, A).pvalue)
     d = (B - A).mean() / (B - A).std(ddof=1)
     assert found.d_z == pytest.approx(d * (1 - 3 / (4 * 42 - 1)))
@@ -84,18 +88,18 @@ def test_paired_has_the_t_test_of_scipy_and_a_corrected_effect_size() -> None:
 
 
 def test_paired_counts_wins_ties_and_losses_of_the_first() -> None:
-    found = stats.paired([0.5, 0.3, 0.1 + 0.2, 0.9], [0.4, 0.4, 0.3, 0.1])
+    [found] = stats.paired([[([0.5, 0.3, 0.1 + 0.2, 0.9], [0.4, 0.4, 0.3, 0.1])]])
     assert (found.wins, found.ties, found.losses) == (2, 1, 1)
 
 
 def test_equal_systems_differ_by_nothing() -> None:
-    found = stats.paired([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
+    [found] = stats.paired([[([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])]])
     assert (found.difference, found.t_p, found.fisher_p, found.d_z) == (0.0, 1.0, 1.0, 0.0)
 
 
 def test_pairs_of_unequal_length_are_refused() -> None:
     with pytest.raises(ValueError, match="same queries"):
-        stats.paired([0.1], [0.1, 0.2])
+        stats.paired([[([0.1], [0.1, 0.2])]])
 
 
 def test_holm_steps_down_and_keeps_the_order() -> None:
@@ -132,12 +136,12 @@ def test_a_stratified_interval_is_that_of_scipy_over_several_samples() -> None:
     theirs = scipy.stats.bootstrap(
         [a - b for a, b in pairs], mean_of_means, n_resamples=20_000, method="BCa", batch=2_000
     ).confidence_interval
-    ours = stats.stratified(pairs)
+    [ours] = stats.paired([pairs])
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-3)
 
 
 def test_a_stratified_difference_weighs_datasets_alike_whatever_their_size() -> None:
-    found = stats.stratified([(SMALL + 0.1, SMALL), (LARGE + 0.3, LARGE)])
+    [found] = stats.paired([[(SMALL + 0.1, SMALL), (LARGE + 0.3, LARGE)]])
     assert found.difference == pytest.approx(0.2)
     assert (found.n, found.wins) == (72, 72)
     assert math.isnan(found.t_p)
@@ -151,15 +155,15 @@ def test_a_stratified_test_agrees_with_every_flip_counted() -> None:
     flips = list(itertools.product((1, -1), repeat=8))
     sums = [abs(sum(s * d for s, d in zip(signs, weighted, strict=True))) for signs in flips]
     exact = sum(s >= abs(sum(weighted)) - 1e-12 for s in sums) / len(sums)
-    found = stats.macro_sign_flip([(values, [0.0] * len(values)) for values in strata])
+    found = stats.sign_flips([[(values, [0.0] * len(values)) for values in strata]])[0]
     assert found == pytest.approx(exact, abs=0.005)
-    pooled = stats.sign_flip([*strata[0], *strata[1]], [0.0] * 8)
+    pooled = sign_flip([*strata[0], *strata[1]], [0.0] * 8)
     assert abs(found - pooled) > 0.02  # another question than that of all queries in one
 
 
 def test_the_interval_of_one_dataset_is_that_of_its_cell() -> None:
     one, other = cell("a", values=A), cell("a", values=B)
-    assert stats.macro_interval([one], "nDCG@10") == stats.interval_of(one, "nDCG@10")
+    assert stats.macro_interval([one], "nDCG@10") == stats.bootstrap_interval(A)
     both = stats.macro_interval([one, other], "nDCG@10")
     assert both.low < (A.mean() + B.mean()) / 2 < both.high
 
@@ -178,15 +182,26 @@ def test_tukey_agrees_with_every_permutation_counted() -> None:
         assert found[i, j] == found[j, i] == pytest.approx(exact, abs=0.01)
 
 
+def test_tukey_of_many_queries_agrees_with_permutations_that_share_nothing() -> None:
+    """What its permutations have in common must not show: neither in a p, nor in its spread."""
+    topics = A[:, None] + np.random.default_rng(4).normal(0, 0.1, (43, 6)) + np.arange(6) * 0.01
+    drawn = np.random.default_rng(0).permuted(np.broadcast_to(topics, (20_000, 43, 6)), axis=2)
+    ranges, means = np.ptp(drawn.mean(axis=1), axis=1), topics.mean(axis=0)
+    exact = np.mean(ranges[:, None, None] >= np.abs(means[:, None] - means), axis=0)
+    found = np.array([stats.tukey([topics.T], seed=seed) for seed in range(20)])
+    assert found.mean(axis=0) == pytest.approx(exact, abs=0.01)
+    assert np.all(found.std(axis=0) < 1.6 * np.sqrt(exact * (1 - exact) / 5_000) + 5e-4)
+
+
 def test_tukey_of_two_systems_is_fishers_test() -> None:
-    assert stats.tukey([[A, B]])[0, 1] == pytest.approx(stats.sign_flip(A, B), abs=0.01)
+    assert stats.tukey([[A, B]])[0, 1] == pytest.approx(sign_flip(A, B), abs=0.01)
 
 
 def test_tukey_of_two_datasets_is_the_stratified_test() -> None:
     draw = np.random.default_rng(7)
     shifted = [SMALL + draw.normal(0.04, 0.1, 12), LARGE + draw.normal(0.02, 0.1, 60)]
     field = [[SMALL, shifted[0]], [LARGE, shifted[1]]]
-    expected = stats.macro_sign_flip([(a, b) for a, b in field])
+    expected = stats.sign_flips([field])[0]
     assert stats.tukey(field)[0, 1] == pytest.approx(expected, abs=0.015)
 
 
@@ -272,16 +287,16 @@ def test_the_detectable_difference_has_the_power_that_was_asked(
 def test_cells_are_aligned_by_query_and_not_by_line() -> None:
     a, b = cell("a", values=[0.1, 0.2]), cell("b", values=[0.3, 0.4])
     turned = type(b)(b.record, b.per_query[::-1], b.folder)
-    assert stats.align(a, turned, "nDCG@10") == ([0.1, 0.2], [0.3, 0.4])
+    assert stats.align([a, turned], "nDCG@10") == [[0.1, 0.2], [0.3, 0.4]]
 
 
 def test_many_cells_are_aligned_to_the_first() -> None:
     a, b = cell("a", values=[0.1, 0.2]), cell("b", values=[0.3, 0.4])
     turned = type(b)(b.record, b.per_query[::-1], b.folder)
-    assert stats.align_all([a, turned, b], "nDCG@10") == [[0.1, 0.2], [0.3, 0.4], [0.3, 0.4]]
-    assert stats.align_all([a], "nDCG@10") == [[0.1, 0.2]]
+    assert stats.align([a, turned, b], "nDCG@10") == [[0.1, 0.2], [0.3, 0.4], [0.3, 0.4]]
+    assert stats.align([a], "nDCG@10") == [[0.1, 0.2]]
 
 
 def test_cells_over_other_queries_are_refused() -> None:
     with pytest.raises(DataError, match="same queries"):
-        stats.align(cell("a", values=[0.1]), cell("b", values=[0.1, 0.2]), "nDCG@10")
+        stats.align([cell("a", values=[0.1]), cell("b", values=[0.1, 0.2])], "nDCG@10")

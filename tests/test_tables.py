@@ -309,7 +309,7 @@ def test_the_correction_is_the_one_asked_for_and_the_caption_names_it() -> None:
     cells = [cell(m, values=v) for m, v in {
         "first-stage": [0.0] * 40, "sure": [n / 9 + 0.2 for n in noise], "near": near,
     }.items()]  # fmt: skip
-    p_values = [stats.sign_flip(*stats.align(c, cells[0], "nDCG@10")) for c in cells[1:]]
+    p_values = stats.sign_flips([[stats.align([c, cells[0]], "nDCG@10")] for c in cells[1:]])
     assert p_values[0] < 0.001 < 0.025 < p_values[1] < 0.05  # Holm lets it through
     notes = {}
     for name in ("holm", "bonferroni"):
@@ -328,7 +328,7 @@ def test_another_scale_and_number_of_digits_are_those_of_every_number_and_the_ca
 def test_the_comparison_holds_what_stats_gives() -> None:
     cells = bright("biology")
     table = quality.comparison(cells)
-    pair = stats.paired(*stats.align(cells[1], cells[0], "nDCG@10"))
+    pair = stats.paired([[stats.align([cells[1], cells[0]], "nDCG@10")]])[0]
     row = {c.key: v for c, v in zip(table.columns, table.rows[0].cells, strict=True)}
     assert row["difference"].number == pytest.approx(100 * pair.difference)
     assert row["low"].number == pytest.approx(100 * pair.low)

@@ -13,13 +13,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_engines import EMBEDDED, MIXED, VLLM, ask, chat, prose, raw, same
+from test_engines import EMBEDDED, MIXED, VLLM, Held, ask, chat, prose, raw, same
 
 from harness.cache import Cache
 from harness.cli import main
@@ -116,10 +117,12 @@ def ask_all(*asked: tuple[Engine, Any]) -> list[Completion]:
 def pretended(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Callable[[str], Any]:
     """Opens an engine whose process runs the given Python instead of vLLM."""
 
-    def opened(script: str = "", **settings: Any) -> Any:
+    def opened(script: str = "", *, silence: float = 600.0) -> Any:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
         monkeypatch.setattr(vllm_local, "WORKER", script or "raise SystemExit('started')")
-        return open_engine("vllm", spec(tiny_model, name=script), **settings)
+        engine: Any = open_engine("vllm", spec(tiny_model, name=script))
+        engine.silence = silence
+        return engine
 
     yield opened
     vllm_local._stop_all()
@@ -199,6 +202,43 @@ def test_a_process_that_ends_is_an_error_with_its_last_words(
     with pytest.raises(EngineError, match="poll without"):
         engine.poll()
     assert [load.returncode for load in loads] == [3]
+
+
+def test_submit_returns_before_the_prompt_is_tokenised(pretended: Callable[..., Any]) -> None:
+    engine = pretended("import sys; sys.exit(3)")
+    engine.tokenizer = held = Held(engine.tokenizer)
+    engine.submit(0, chat("x", max_tokens=3))
+    held.go.set()
+    with pytest.raises(EngineError, match="ended with 3"):
+        engine.poll()
+    assert held.asked
+    assert threading.current_thread() not in held.threads
+
+
+def test_what_cannot_be_tokenised_is_an_error_before_anything_is_loaded(
+    pretended: Callable[..., Any], loads: list[Any]
+) -> None:
+    engine = pretended()
+    engine.submit(0, raw("x", labels=("[1]", "[2]")))
+    with pytest.raises(EngineError, match="first token"):
+        engine.poll()
+    with pytest.raises(EngineError, match="poll without"):
+        engine.poll()
+    assert not loads
+
+
+def test_closing_drops_what_waits_for_the_tokenizer(pretended: Callable[..., Any]) -> None:
+    engine = pretended()
+    engine.tokenizer = held = Held(engine.tokenizer)
+    for number in range(9):
+        engine.submit(number, raw("so it is", max_tokens=1))
+    engine.close()
+    held.go.set()
+    for thread in held.threads:
+        thread.join(60)
+    assert held.asked.count("so it is") <= 1
+    with pytest.raises(EngineError, match="poll without"):
+        engine.poll()
 
 
 def test_a_process_that_keeps_silent_is_killed(

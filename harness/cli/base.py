@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,11 +23,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-FLAG_ALIASES = {
-    "--hits": "--depth", "--step-size": "--stride", "--window": "--size",
-    "--window-size": "--size", "--top": "--k", "--num-permutation": "--permutations",
-}  # fmt: skip
-
 Models = Annotated[
     list[str] | None, typer.Option("--model", "-m", help="Names, globs or a folder; commas too.")
 ]
@@ -41,10 +37,11 @@ RegistryDir = Annotated[
     Path | None, typer.Option("--registry", help="Your own models, datasets, prompts on top.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result and errors.")]
-Format = Annotated[str, typer.Option("--format", help="text, or json for machines.")]
 DataDir = Annotated[
     Path | None, typer.Option("--data", help="Prepared candidates [$RERANK_HARNESS_DATA].")
 ]
+WithText = Annotated[bool, typer.Option("--with-text", help="Put all passages in the page.")]
+PublishedToo = Annotated[bool, typer.Option("--published", help="Also show figures in print.")]
 RESULTS = Path("results")
 
 
@@ -71,9 +68,21 @@ def split(values: list[str] | None) -> tuple[str, ...]:
     )
 
 
-def check_format(given: str, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise RegistryError(f"unknown format {given!r}", known=known, given=given)
+def choice(what: str, *known: str, several: bool = False) -> Any:
+    """An option that takes one of these, or several with commas."""
+
+    def checked(given: str) -> str:
+        for one in split([given]) if several else [given]:
+            if one not in known:
+                raise RegistryError(f"unknown {what} {one!r}", known=known, given=one)
+        return given
+
+    told = f"{', '.join(known[:-1])} or {known[-1]}."
+    return typer.Option(f"--{what}", help=told, callback=checked)
+
+
+Format = Annotated[str, choice("format", "text", "json")]
+TableFormat = Annotated[str, choice("format", "text", "md", "json")]
 
 
 def say(quiet: bool, text: str) -> None:
@@ -87,14 +96,9 @@ def print_rows(rows: Sequence[Mapping[str, Any]], format: str) -> None:
 
     if format == "json":
         print(json.dumps(rows, ensure_ascii=False, indent=1))
-        return
-    if not rows:
+    elif not rows:
         print("nothing there")
-        return
-    if format == "md":
-        print(listing.markdown([dict(row) for row in rows]))
-        return
-    texts = [list(rows[0]), *([listing.plain(v) for v in row.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in texts) for i in range(len(texts[0]))]
-    for line in texts:
-        print("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
+    elif format == "md":
+        print(listing.markdown(rows))
+    else:
+        print(listing.columns(rows, shutil.get_terminal_size((sys.maxsize, 0)).columns))

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from harness.cli.base import RESULTS, app, open_registry
+from harness import store
+from harness.cache import Cache
+from harness.cli import base
+from harness.cli.gating import matrix_of
 from harness.cli.running import Matrix, with_matrix
 from harness.types import DataError, MissingResourceError
 
 cache_app = typer.Typer(help="Look after the call cache.", no_args_is_help=True)
-app.add_typer(cache_app, name="cache")
+base.app.add_typer(cache_app, name="cache")
 
 CacheArgument = Annotated[Path, typer.Argument(help="A cache file.")]
 
 
 @cache_app.command("stats")
-def cache_stats(path: CacheArgument = RESULTS / ".cache.sqlite") -> None:
+def cache_stats(path: CacheArgument = base.RESULTS / ".cache.sqlite") -> None:
     """Count the stored answers."""
     with _existing(path) as cache:
         print(f"{path}: {cache.count()} answers, {path.stat().st_size / 1e6:.1f} MB")
 
 
 @cache_app.command("verify")
-def cache_verify(path: CacheArgument = RESULTS / ".cache.sqlite") -> None:
+def cache_verify(path: CacheArgument = base.RESULTS / ".cache.sqlite") -> None:
     """Check the file and every row's checksum; damaged rows are asked again when needed."""
     with _existing(path) as cache:
         bad = sum(completion is None for _, completion in cache.rows())
@@ -45,8 +48,6 @@ def cache_merge(
     others: Annotated[list[Path], typer.Argument(help="Caches to take answers from.")],
 ) -> None:
     """Add the sound answers of other caches to one, which is made if it is not there."""
-    from harness.cache import Cache
-
     with closing(Cache(path)) as cache:
         for other_path in others:
             with _existing(other_path) as other:
@@ -54,7 +55,7 @@ def cache_merge(
 
 
 @cache_app.command("export")
-def cache_export(path: CacheArgument = RESULTS / ".cache.sqlite") -> None:
+def cache_export(path: CacheArgument = base.RESULTS / ".cache.sqlite") -> None:
     """Print every sound answer as one JSON object a line."""
     from dataclasses import asdict
 
@@ -71,47 +72,38 @@ def cache_why(matrix: Matrix) -> None:
 
     The cell is named by its folder, or by the flags that run takes.
     """
-    if matrix.suite and matrix.suite.is_dir():
-        cache_app(["why", *_command(matrix.suite, matrix)], standalone_mode=False)
-        return
     from harness import cell, plan, schedule
     from harness.matrix import open_for
 
-    selection, registry = matrix.selection(), open_registry(matrix.registry)
-    loader = plan.Loader(registry)
+    if matrix.suite and matrix.suite.is_dir():
+        matrix = _made(matrix.suite, matrix)
+    selection = matrix.selection()
     with _existing(matrix.cache or matrix.results / ".cache.sqlite") as cache:
-        for one in plan.cells_of(registry, selection):
-            job = loader.job(one, selection.first_stage)
+        for job in plan.jobs(base.open_registry(matrix.registry), selection):
             if (engine := open_for(job, selection.serving)) is None:
                 print(f"{job.cell}: asks no engine")
                 continue
             identity, why = cell.identity(job.cell, engine), Counter[str]()
             for query in job.queries:
                 flow = cell.flow(job, query, engine, Counter())
-                if missed := schedule.first_miss(flow, cache, identity.key):
+                if missed := schedule.replay(flow, cache, identity.key)[1]:
                     why[cache.nearest(identity, missed)] += 1
             print(f"{job.cell}: {why.total()} of {len(job.queries)} queries ask something new")
             for reason, count in why.most_common():
                 print(f"  {count} x {reason}")
-            engine.close()
 
 
-def _command(folder: Path, matrix: Matrix) -> list[str]:
-    """The flags that made a finished cell, as its record has them."""
-    from harness import store
-
+def _made(folder: Path, matrix: Matrix) -> Matrix:
+    """The flags that made a finished cell, as its record has them, in its own place."""
     found = store.read(folder)
     if found is None or not found.record.get("command"):
         raise MissingResourceError(f"{folder}: holds no cell of `harness run`")
-    words = shlex.split(found.record["command"])[2:]
-    given = {"results": folder.resolve().parents[2], "cache": matrix.cache}
-    given |= {"registry": matrix.registry, "data": matrix.data}
-    return words + [w for name, value in given.items() if value for w in (f"--{name}", str(value))]
+    given = {name: getattr(matrix, name) for name in ("cache", "registry", "data")}
+    made = matrix_of(found.record["command"])
+    return replace(made, results=folder.resolve().parents[2], **given)
 
 
 def _existing(path: Path) -> Any:
-    from harness.cache import Cache
-
     if not path.is_file():
         raise MissingResourceError(f"{path}: no such cache file")
     return closing(Cache(path))

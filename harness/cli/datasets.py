@@ -12,23 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli.base import (
-    RESULTS,
-    DataDir,
-    Datasets,
-    Format,
-    Quiet,
-    RegistryDir,
-    Results,
-    app,
-    check_format,
-    complain,
-    open_registry,
-    print_rows,
-    say,
-    split,
-    use_data,
-)
+from harness import store
+from harness.cli import base
 from harness.types import DataError, HarnessError, MissingResourceError, RegistryError, UsageError
 
 # --- data ---------------------------------------------------------------------------------------
@@ -39,15 +24,15 @@ Name = Annotated[str | None, typer.Option("--name", help="Name of a dataset give
 Qrels = Annotated[str | None, typer.Option("--qrels", help="Judgements, if not the dataset's.")]
 
 
-@app.command()
+@base.app.command()
 def prepare(
-    dataset: Datasets = None,
+    dataset: base.Datasets = None,
     first_stage: Stage = None,
     depth: Depth = None,
-    data: DataDir = None,
+    data: base.DataDir = None,
     force: Annotated[bool, typer.Option("--force", help="Make again what is there.")] = False,
-    registry: RegistryDir = None,
-    quiet: Quiet = False,
+    registry: base.RegistryDir = None,
+    quiet: base.Quiet = False,
 ) -> None:
     """Retrieve candidates once (bm25, bm25s, either with +QUERY for a rewritten query of the
     dataset, or a run file): a run on them needs neither index nor network nor Java."""
@@ -55,45 +40,44 @@ def prepare(
     from harness.data.prepared import data_folder
 
     lost = 0
-    for spec in find_datasets(open_registry(registry), dataset):
-        say(quiet, f"{spec.name}: {first_stage or spec.first_stage}")
+    for spec in find_datasets(base.open_registry(registry), dataset):
+        base.say(quiet, f"{spec.name}: {first_stage or spec.first_stage}")
         asked = spec, first_stage, depth or spec.depth, data or data_folder()
         try:
             with redirect_stderr(io.StringIO()) if quiet else nullcontext():
                 ready = None if force else preparing.ready(*asked)
                 path = ready or preparing.prepare(*asked)
         except HarnessError as error:
-            complain(f"{spec.name}: {error}")
+            base.complain(f"{spec.name}: {error}")
             lost = lost or error.exit_code
             continue
-        say(quiet or not ready, f"{spec.name}: is there and intact; --force makes it again")
+        base.say(quiet or not ready, f"{spec.name}: is there and intact; --force makes it again")
         print(path)
     if lost:
         raise typer.Exit(lost)
 
 
-@app.command("audit-data")
+@base.app.command("audit-data")
 def audit_data(
-    dataset: Datasets = None,
+    dataset: base.Datasets = None,
     qrels: Qrels = None,
     name: Name = None,
     first_stage: Stage = None,
     depth: Depth = None,
-    data: DataDir = None,
-    registry: RegistryDir = None,
-    format: Annotated[str, typer.Option(help="text, md or json.")] = "text",
+    data: base.DataDir = None,
+    registry: base.RegistryDir = None,
+    format: base.TableFormat = "text",
 ) -> None:
     """Check queries, candidates and judgements before any engine time is spent on them."""
     from harness.data import audit, load
 
-    check_format(format, ("text", "md", "json"))
-    use_data(data)
+    base.use_data(data)
     found = []
-    for spec in find_datasets(open_registry(registry), dataset, qrels, name):
+    for spec in find_datasets(base.open_registry(registry), dataset, qrels, name):
         at = depth or spec.depth
         found.append(audit.audit(spec, load(spec, first_stage, at), at))
         if format != "json":
-            print_rows(audit.rows(found[-1]), format)
+            base.print_rows(audit.rows(found[-1]), format)
     if format == "json":
         print(json.dumps(found, ensure_ascii=False, indent=1))
     if errors := [f"{row['dataset']}: {text}" for row in found for text in row["errors"]]:
@@ -106,7 +90,7 @@ def find_datasets(
     from harness import plan
 
     asked = plan.Selection(qrels=qrels, name=name)
-    found = [s for text in split(texts) for s in plan.find_datasets(registry, text, asked)]
+    found = [s for text in base.split(texts) for s in plan.find_datasets(registry, text, asked)]
     if not found:
         raise UsageError("name at least one dataset (-d)")
     return found
@@ -115,7 +99,7 @@ def find_datasets(
 # --- the runs of others, and runs for others ----------------------------------------------------
 
 
-@app.command("import")
+@base.app.command("import")
 def import_(
     run: Annotated[Path, typer.Argument(help="A TREC run that another program made.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Whose run: any name.")],
@@ -125,19 +109,18 @@ def import_(
     qrels: Qrels = None,
     first_stage: Stage = None,
     depth: Depth = None,
-    data: DataDir = None,
-    results: Results = RESULTS,
-    registry: RegistryDir = None,
-    format: Format = "text",
+    data: base.DataDir = None,
+    results: base.Results = base.RESULTS,
+    registry: base.RegistryDir = None,
+    format: base.Format = "text",
 ) -> None:
     """Measure a foreign run and make its cell: quality known, efficiency unknown."""
     from harness import exchange
     from harness.data import libraries
     from harness.types import ModelSpec
 
-    check_format(format, ("text", "json"))
-    use_data(data)
-    names, text = open_registry(registry), dataset or libraries.layout(run).dataset
+    base.use_data(data)
+    names, text = base.open_registry(registry), dataset or libraries.layout(run).dataset
     if not text:
         raise UsageError(f"{run}: its name says no dataset: name one (-d)")
     spec = names.models.get(model) or ModelSpec(name=model, method=exchange.METHOD)
@@ -156,25 +139,28 @@ def import_(
         print(f"{name} {value:.4f}, in rank order {by_rank[name]:.4f}")
 
 
-@app.command()
+@base.app.command()
 def export(
     cell: Annotated[Path, typer.Argument(help="A cell's folder.")],
-    format: Annotated[str, typer.Option(help="run, requests, results or ir-metadata.")] = "run",
+    format: Annotated[
+        str, base.choice("format", "run", "requests", "results", "ir-metadata")
+    ] = "run",
     out: Annotated[Path | None, typer.Option("--out", help="A file; stdout by default.")] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Where texts are.")] = None,
     qrels: Qrels = None,
-    registry: RegistryDir = None,
+    registry: base.RegistryDir = None,
 ) -> None:
     """Write a cell as others read it: a TREC run, rank_llm requests or results, ir_metadata."""
-    from harness import exchange, store
+    from harness import exchange
 
-    check_format(format, exchange.FORMATS)
     found, data = store.read(cell), None
     if found is None or not (cell / "run.trec").is_file():
         raise MissingResourceError(f"{cell}: holds no finished cell")
     if format in ("requests", "results"):
-        data = data_of(found, open_registry(registry), dataset, qrels)
-        say(data is not None, "the dataset is not at hand: no texts are written; name it with -d")
+        data = data_of(found, base.open_registry(registry), dataset, qrels)
+        base.say(
+            data is not None, "the dataset is not at hand: no texts are written; name it with -d"
+        )
     text = "".join(exchange.give_out(found, format, data))
     (out.write_text if out else sys.stdout.write)(text)
 

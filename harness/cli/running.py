@@ -5,39 +5,25 @@ from __future__ import annotations
 import inspect
 import json
 import signal
-import sys
-import time
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial, wraps
+from functools import wraps
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from harness.cli.base import (
-    RESULTS,
-    CacheFile,
-    DataDir,
-    Datasets,
-    Format,
-    Models,
-    Quiet,
-    RegistryDir,
-    Results,
-    app,
-    check_format,
-    complain,
-    open_registry,
-    print_rows,
-    say,
-    split,
-    use_data,
+from harness.cli import base
+from harness.types import (
+    DEFAULT_SEED,
+    DataError,
+    HarnessError,
+    Interrupted,
+    MissingResourceError,
+    UsageError,
 )
-from harness.types import DEFAULT_SEED, DataError, HarnessError, Interrupted, MissingResourceError
 
 # --- the matrix: run and plan -------------------------------------------------------------------
 
@@ -47,8 +33,8 @@ class Matrix:
     """The flags that state a matrix; `run` and `plan` share them."""
 
     suite: Annotated[Path | None, typer.Argument(help="A suite file with the same keys.")] = None
-    model: Models = None
-    dataset: Datasets = None
+    model: base.Models = None
+    dataset: base.Datasets = None
     qrels: Annotated[str | None, typer.Option(help="Judgements of a request file.")] = None
     name: Annotated[str | None, typer.Option(help="Name of a dataset given by path.")] = None
     first_stage: Annotated[str | None, typer.Option(help="Its name, or a TREC run file.")] = None
@@ -90,21 +76,21 @@ class Matrix:
     max_gpu_hours: Annotated[
         float | None, typer.Option(min=0, help="Refuse what is estimated to need more.")
     ] = None
-    results: Results = RESULTS
-    cache: CacheFile = None
-    registry: RegistryDir = None
-    data: DataDir = None
+    results: base.Results = base.RESULTS
+    cache: base.CacheFile = None
+    registry: base.RegistryDir = None
+    data: base.DataDir = None
 
     def selection(self) -> Any:
         """What the flags, and a suite file under them, ask for."""
         from harness import plan
 
-        use_data(self.data)
+        base.use_data(self.data)
         options = ("num_child", "k", "size", "stride", "passes", "permutations")
         given = [(name, getattr(self, name)) for name in options]
         selection = plan.Selection(
-            models=split(self.model),
-            datasets=split(self.dataset),
+            models=base.split(self.model),
+            datasets=base.split(self.dataset),
             set=(*(self.set or ()), *(f"{n}={v}" for n, v in given if v is not None)),
             **{name: getattr(self, name) for name in plan.PLAIN_FIELDS},
         )
@@ -141,36 +127,61 @@ def with_matrix(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@app.command()
+@dataclass(frozen=True)
+class Hiring:
+    """The flags that say who runs the cells."""
+
+    executor: str = "local"
+    address: str | None = None
+    workers: int = 0
+
+    def executed(self, matrix: Matrix, cache: Any, tell: Callable[[Any], None]) -> Any:
+        """The executor, over this process or a Ray cluster."""
+        from harness.matrix import Local
+
+        serving = matrix.selection().serving
+        if self.executor == "local":
+            if self.address or self.workers:
+                raise UsageError("--address and --workers are for --executor ray")
+            return Local(serving)
+        from harness.cluster import RayExecutor
+        from harness.forecast import Forecaster
+
+        seconds = Forecaster(cache, matrix.results, serving, ()).seconds
+        return RayExecutor(serving, self.address, self.workers, seconds, tell)
+
+
+@base.app.command()
 @with_matrix
 def run(
     matrix: Matrix,
     *,
     force: Annotated[bool, typer.Option("--force", help="Run finished cells again.")] = False,
-    format: Format = "text",
-    quiet: Quiet = False,
+    executor: Annotated[str, base.choice("executor", "local", "ray")] = "local",
+    address: Annotated[str | None, typer.Option(help="ray: of a running cluster, or auto.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="ray: most workers; 0 is all there is.")] = 0,
+    format: base.Format = "text",
+    quiet: base.Quiet = False,
 ) -> None:
     """Run every model on every dataset; finished cells are skipped by their key."""
-    check_format(format, ("text", "json"))
-    done = run_matrix(matrix, force, quiet)
+    done = run_matrix(matrix, force, quiet, Hiring(executor, address, workers))
     if format == "json":
         print(json.dumps([dict(cell.record) for cell in done.results], ensure_ascii=False))
     elif done.results:
         from harness.report import tables, writers
 
         print(writers.to_text(tables.summary(done.results)))
-        say(quiet, _summary(done))
+        base.say(quiet, _summary(done))
     if done.failures:
         raise typer.Exit(done.failures[0][1].exit_code)
 
 
-@app.command()
+@base.app.command()
 @with_matrix
-def plan(matrix: Matrix, *, format: Format = "text") -> None:
+def plan(matrix: Matrix, *, format: base.Format = "text") -> None:
     """Say what would run: cells, calls, tokens, GPU-hours, and what the cache already answers."""
     from harness import forecast
 
-    check_format(format, ("text", "json"))
     cache = matrix.open_cache(make=False)
     try:
         rows = _forecast(matrix, cache)
@@ -180,7 +191,7 @@ def plan(matrix: Matrix, *, format: Format = "text") -> None:
     if format == "json":
         print(json.dumps({"cells": rows, "total": total}, ensure_ascii=False, indent=1))
     else:
-        print_rows([*rows, total], format)
+        base.print_rows([*rows, total], format)
     if matrix.max_gpu_hours is not None:
         forecast.check(rows, matrix.max_gpu_hours)
 
@@ -190,26 +201,28 @@ def _forecast(matrix: Matrix, cache: Any) -> list[dict[str, Any]]:
     from harness import plan
     from harness.forecast import GPUS, Forecaster
 
-    selection, registry = matrix.selection(), open_registry(matrix.registry)
-    gpus = tuple(name.lower() for name in split(matrix.gpu)) or GPUS
+    selection = matrix.selection()
+    gpus = tuple(name.lower() for name in base.split(matrix.gpu)) or GPUS
     forecaster = Forecaster(cache, matrix.results, selection.serving, gpus)
-    loader, cells = plan.Loader(registry), plan.cells_of(registry, selection)
-    return [forecaster.row(loader.job(cell, selection.first_stage)) for cell in cells]
+    return [*map(forecaster.row, plan.jobs(base.open_registry(matrix.registry), selection))]
 
 
-def run_matrix(matrix: Matrix, force: bool, quiet: bool) -> Any:
+def run_matrix(matrix: Matrix, force: bool, quiet: bool, hiring: Hiring | None = None) -> Any:
     """Run the cells; one that fails is reported and does not stop the others."""
     from harness import forecast, plan, store
     from harness import matrix as matrices
+    from harness.cli.progress import Notes, progress
 
-    selection, registry = matrix.selection(), open_registry(matrix.registry)
+    selection, registry = matrix.selection(), base.open_registry(matrix.registry)
     loader, cells = plan.Loader(registry), plan.cells_of(registry, selection)
     lost: list[tuple[Any, HarnessError]] = []
     cache = matrix.open_cache()
     try:
         if matrix.max_gpu_hours is not None:
             forecast.check(_forecast(matrix, cache), matrix.max_gpu_hours)
-        with _progress(len(cells), quiet, _Notes(matrix.results)) as show:
+        notes = Notes(matrix.results)
+        executor = (hiring or Hiring()).executed(matrix, cache, notes.tell)
+        with executor, progress(len(cells), quiet, notes) as show:
             entries = []
             for number, cell in enumerate(cells, 1):
                 try:
@@ -220,7 +233,7 @@ def run_matrix(matrix: Matrix, force: bool, quiet: bool) -> Any:
                     continue
                 watcher = show.of(number, job.cell)
                 entries.append(matrices.Entry(job, plan.command(job.cell, selection), watcher))
-            done = matrices.run(entries, cache, matrix.results, selection.serving, force=force)
+            done = matrices.run(entries, cache, matrix.results, executor, force=force)
     finally:
         store.write_progress(matrix.results, [])
         cache.close()
@@ -234,108 +247,3 @@ def _summary(done: Any) -> str:
         f"{len(done.results)} cells, {done.skipped} of them finished before;"
         f" {asked}, {done.cached} answers came from the cache"
     )
-
-
-class _Notes:
-    """The cells of this run and how far they are, where `harness serve` looks for them."""
-
-    def __init__(self, results: Path) -> None:
-        self.results, self.written = results, 0.0
-        self.cells: dict[str, dict[str, Any]] = {}
-
-    def note(self, cell: str, state: str, done: int = 0, total: int = 0, calls: int = 0) -> None:
-        """Every change of a state is written at once, the rest once a second."""
-        from harness import store
-
-        known, now = self.cells.get(cell, {}).get("state"), time.monotonic()
-        told = {"cell": cell, "state": state, "done": done, "total": total, "calls": calls}
-        self.cells[cell] = told
-        if state != known or now > self.written + 1:
-            store.write_progress(self.results, list(self.cells.values()))
-            self.written = now
-
-
-@dataclass
-class _Shown:
-    """The progress of one cell as plain lines, for logs and CI."""
-
-    head: str
-    note: Callable[..., None]
-    quiet: bool = False
-
-    def line(self, text: str) -> None:
-        if not self.quiet:
-            print(f"{self.head}: {text}", file=sys.stderr, flush=True)
-
-    def started(self) -> None:
-        self.note("running")
-        self.line("started")
-
-    def skipped(self) -> None:
-        self.note("complete")
-        self.line("finished before")
-
-    def failed(self, error: HarnessError) -> None:
-        self.note("failed")
-        complain(f"{self.head.partition(' ')[2]}: {error}")
-
-    def progress(self, done: int, total: int, calls: int) -> None:
-        """Lines would flood a log; only a bar shows every query."""
-        self.note("running", done, total, calls)
-
-    def finished(self, result: Any) -> None:
-        self.note("complete")
-        name, value = next(iter(result.measures.items()))
-        self.line(f"{name} {value:.4f}")
-
-
-@dataclass
-class _Bar(_Shown):
-    """The progress of one cell as a bar, on a terminal."""
-
-    bars: Any = None
-    task: Any = None
-
-    def line(self, text: str) -> None:
-        self.bars.console.print(f"{self.head}: {text}", markup=False, highlight=False)
-
-    def started(self) -> None:
-        self.note("running")
-        self.task = self.bars.add_task(self.head, total=None, calls=0)
-
-    def progress(self, done: int, total: int, calls: int) -> None:
-        super().progress(done, total, calls)
-        self.bars.update(self.task, completed=done, total=total, calls=calls)
-
-    def finished(self, result: Any) -> None:
-        self.bars.remove_task(self.task)
-        super().finished(result)
-
-
-@dataclass
-class _Progress:
-    total: int
-    quiet: bool
-    notes: _Notes
-    bars: Any = None
-
-    def of(self, number: int, cell: Any) -> _Shown:
-        head, note = f"[{number}/{self.total}] {cell}", partial(self.notes.note, str(cell))
-        note("planned")
-        return _Bar(head, note, bars=self.bars) if self.bars else _Shown(head, note, self.quiet)
-
-
-@contextmanager
-def _progress(total: int, quiet: bool, notes: _Notes) -> Iterator[_Progress]:
-    if quiet or not sys.stderr.isatty():
-        yield _Progress(total, quiet, notes)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TextColumn("queries, {task.fields[calls]} calls"), TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        yield _Progress(total, quiet, notes, bars)

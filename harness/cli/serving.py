@@ -13,29 +13,30 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli.base import RESULTS, RegistryDir, Results, app, complain, open_registry
+from harness import store
+from harness.cli import base
 from harness.cli.reporting import page_texts
+from harness.published import load as load_published
 from harness.types import CellResult, HarnessError, MissingResourceError, UsageError, digest
 
 Render = Callable[[Sequence[CellResult], Path, str], object]
 
 
-@app.command()
+@base.app.command()
 def serve(
-    results: Results = RESULTS,
+    results: base.Results = base.RESULTS,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 0,
     host: Annotated[str, typer.Option(help="Another address lets others read it.")] = "127.0.0.1",
-    with_text: Annotated[bool, typer.Option("--with-text", help="Show all passages.")] = False,
-    published: Annotated[bool, typer.Option("--published", help="Show published rows.")] = False,
-    registry: RegistryDir = None,
+    with_text: base.WithText = False,
+    published: base.PublishedToo = False,
+    registry: base.RegistryDir = None,
 ) -> None:
     """Show the leaderboard page on this machine; it follows the results and a run that is going."""
-    from harness.published import load as load_published
     from harness.report import page
 
     if not results.is_dir():
         raise MissingResourceError(f"{results}: no such results folder")
-    names = open_registry(registry)
+    names = base.open_registry(registry)
     figures = load_published(names) if published else ()
 
     def render(cells: Sequence[CellResult], out: Path, live: str) -> None:
@@ -66,8 +67,6 @@ class _Board:
 
     def refresh(self) -> None:
         """Bring the page up to date. Raises HarnessError, once, for cells that it cannot show."""
-        from harness import store
-
         with self.lock:
             stamp = self.now
             if stamp != self.stamp:
@@ -86,10 +85,11 @@ class _Board:
 
     def tell(self) -> None:
         """Write what the page asks for every other second, as a data file that it can load."""
-        from harness import store
         from harness.report import shards
 
-        told = {"live": self.now, "cells": store.read_progress(self.results)}
+        runs = store.read_progress(self.results)
+        cells = [cell for run in runs for cell in run["cells"]]
+        told = {"live": self.now, "cells": cells}
         shards.write_shard(self.folder / "data", "progress", told)
 
 
@@ -110,7 +110,7 @@ class _Handler(SimpleHTTPRequestHandler):
             elif path == "/data/progress.js":
                 self.board.tell()
         except HarnessError as error:  # the page stays as it was
-            complain(str(error))
+            base.complain(str(error))
         super().do_GET()
 
     def end_headers(self) -> None:

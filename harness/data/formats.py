@@ -229,17 +229,13 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
             form = "qid docid grade" if len(names) == 3 else form
             continue
         with at(path, number):
-            qid, *_, docid, grade = _columns(line, form)
-            _judge(out.setdefault(qid, {}), qid, docid, grade)
+            qid, *_, docid, text = _columns(line, form)
+            if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
+                raise ValueError(f"expected a whole number as grade, got {text!r:.80}")
+            old = out.setdefault(qid, {}).setdefault(docid, int(text))
+            if old != int(text):
+                raise ValueError(f"expected one grade for {qid} {docid}: {old} before, {text} here")
     return _some(out, "judgement", path)
-
-
-def _judge(known: dict[str, int], qid: str, docid: str, text: str) -> None:
-    if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
-        raise ValueError(f"expected a whole number as grade, got {text!r:.80}")
-    old, grade = known.setdefault(docid, int(text)), int(text)
-    if old != grade:
-        raise ValueError(f"expected one grade for {qid} {docid}: {old} before, {grade} here")
 
 
 def read_queries(path: Path) -> dict[str, str]:

@@ -262,8 +262,8 @@ def _folder(spec: DatasetSpec) -> Library:
     """BEIR's layout or Anserini's. With a run the corpus may be absent: then there are no texts."""
     folder = Path(spec.location)
     queries = _one_of(folder, "queries.tsv", "queries.jsonl", "topics.tsv", "topics.jsonl")
-    corpus = _first_of(folder, "corpus.jsonl", "corpus.tsv", "collection.jsonl", "collection.tsv")
-    corpus = corpus or next((p for p in [folder / "collection"] if p.is_dir()), None)
+    corpora = ("corpus.jsonl", "corpus.tsv", "collection.jsonl", "collection.tsv", "collection")
+    corpus = _first_of(folder, *corpora)
     topics = {qid: {"text": text} for qid, text in formats.read_queries(queries).items()}
     documents = partial(formats.read_corpus, corpus) if corpus else None
     return Library(spec, topics, judgements(spec), documents)
@@ -271,7 +271,7 @@ def _folder(spec: DatasetSpec) -> Library:
 
 def _first_of(folder: Path, *names: str) -> Path | None:
     paths = (folder / f"{name}{end}" for name in names for end in ("", ".gz"))
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if path.exists()), None)
 
 
 def _one_of(folder: Path, *names: str) -> Path:

@@ -23,23 +23,12 @@ from typing import Any
 
 from harness.data import formats
 from harness.data.formats import Run
-from harness.types import Candidate, DataError, MissingPackageError, MissingResourceError
+from harness.types import Candidate, MissingPackageError, MissingResourceError
 
 K1, B = 0.9, 0.4
 OLDEST_JAVA = 21
 BATCH, THREADS = 1000, os.cpu_count() or 1
 TIME_LIMIT = 6 * 3600.0  # seconds: the largest prebuilt indexes take hours to download
-
-
-def index(corpus: Path, folder: Path, *, seconds: float = TIME_LIMIT) -> None:
-    """Index a corpus.jsonl into `folder`, which must be empty or absent and is never left half."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise DataError("expected an empty folder, or none, for the index", path=folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=".lucene-") as work:
-        built = Path(work).resolve() / "index"
-        _run({"corpus": str(corpus.resolve()), "folder": str(built)}, Path(work), seconds)
-        built.replace(folder)
 
 
 def search(
@@ -138,11 +127,8 @@ def _run(job: Mapping[str, Any], work: Path, seconds: float) -> None:
         # Indented lines are the Java stack that follows the message.
         told = re.findall(r"^\S.*$", log.read_text(encoding="utf-8", errors="replace"), re.M)
         kind, _, message = (told or [""])[-1].partition(": ")
-        if kind == f"{DataError.__module__}.DataError":
-            raise DataError(message) from error
-        known = kind == f"{MissingResourceError.__module__}.MissingResourceError"
         status = f"Lucene failed with exit status {error.returncode}: {message or kind}"
-        raise MissingResourceError(message if known else status) from error
+        raise MissingResourceError(status) from error
     finally:
         os.close(bars)
 
@@ -162,28 +148,6 @@ def _start_java() -> None:
     import_module("jnius")
 
 
-def _index(corpus: Path, folder: str) -> None:
-    lucene, count = import_module("pyserini.index.lucene"), 0
-    writer = lucene.LuceneIndexer(folder, ["-index", folder, "-storeRaw"], threads=THREADS)
-    for batch in _batches(_documents(corpus)):
-        writer.add_batch_raw(batch)
-        count += len(batch)
-    writer.close()
-    # The indexer logs a document that it could not read, and goes on.
-    stored = lucene.LuceneIndexReader(folder).stats()["documents"]
-    if not count or stored != count:
-        raise DataError(f"{stored} of {count} documents with a text were indexed", path=corpus)
-
-
-def _documents(corpus: Path) -> Iterator[str]:
-    """The JSON that is stored: `contents` is what the search sees, as with bm25s."""
-    for doc in formats.read_corpus(corpus):
-        contents = f"{doc.title} {doc.text}".strip()
-        if contents:
-            fields = {"id": doc.docid, "title": doc.title, "text": doc.text, "contents": contents}
-            yield json.dumps(fields)
-
-
 def _searcher(place: str) -> Any:
     """A searcher; a prebuilt index is fetched first, with a bar, and its checksum compared."""
     if not Path(place).is_dir():
@@ -200,7 +164,7 @@ def _searcher(place: str) -> Any:
 
 def _search(job: Mapping[str, Any], rows: Iterator[Any]) -> Iterator[dict[str, Any]]:
     searcher = _searcher(job["search"])
-    for batch in _batches(rows):
+    for batch in iter(lambda: list(islice(rows, BATCH)), []):
         names, texts = [str(n) for n in range(len(batch))], [row["text"] for row in batch]
         answers = searcher.batch_search(texts, names, k=job["depth"], threads=THREADS)
         for name, row in zip(names, batch):
@@ -231,15 +195,10 @@ ANSWERS = {"search": _search, "documents": _documents_of, "topics": _topics, "qr
 def _answer(job: Mapping[str, Any]) -> None:
     rows = (row for _, row in formats.records(Path(job["asked"])))
     [answers] = [answers for task, answers in ANSWERS.items() if task in job]
+    _start_java()
     with Path(job["found"]).open("w", encoding="ascii") as file:
         file.writelines(json.dumps(row) + "\n" for row in answers(job, rows))
 
 
-def _batches(rows: Iterator[Any]) -> Iterator[list[Any]]:
-    return iter(lambda: list(islice(rows, BATCH)), [])
-
-
 if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
-    _start_java()
-    _index(Path(job["corpus"]), job["folder"]) if "corpus" in job else _answer(job)
+    _answer(json.loads(sys.argv[1]))

@@ -7,6 +7,8 @@ which calls share a batch. It must not know methods or parsing.
 from __future__ import annotations
 
 import time
+from collections import deque
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -29,12 +31,10 @@ class HfEngine(Wording):
 
     batch_tokens bounds a batch's padded prompt tokens; batch_size its sequences. On a GPU an
     out-of-memory batch is halved and the smaller size remembered.
-    continuous allows continuous batching; by default on a GPU, where nothing must be deterministic.
+    continuous allows continuous batching: on a GPU, where nothing must be deterministic.
     """
 
-    def __init__(
-        self, spec: ModelSpec, *, serving: Serving, continuous: bool | None = None
-    ) -> None:
+    def __init__(self, spec: ModelSpec, *, serving: Serving) -> None:
         weights.require("torch", "transformers", *(["peft"] if spec.adapter else []))
         super().__init__(spec)
         if spec.quantization:
@@ -47,27 +47,29 @@ class HfEngine(Wording):
         self.capacity = 4 * self.batch_size
         self.group, self.facts = "", dict[str, Any]()
         self.fingerprint = self.identity("hf", self.dtype)
+        self._submitted: deque[Future[Asked]] = deque()
         self._pending: list[Asked] = []
-        on_gpu = self.device == "cuda" and not serving.deterministic
-        self.continuous = on_gpu if continuous is None else continuous
+        self.continuous = self.device == "cuda" and not serving.deterministic
         self._stream: Stream | None = None
-        self._streamed: dict[int, Asked] = {}
 
     def submit(self, number: int, request: Request) -> None:
-        """Queue a call; the prompt is rendered and tokenised here, once."""
-        p = self.asked(number, request)
+        self._submitted.append(self.tokenised(number, request))
+
+    def _take(self, p: Asked) -> None:
+        """Let a call join the continuous batch, or wait for a padded one."""
         if not self._streams(p):
             self._pending.append(p)
             return
         self._stream = self._stream or Stream(self.net)
-        self._streamed[number] = p
-        self._stream.submit(number, p.row, p.budget)
+        self._stream.submit(p)
 
     def poll(self) -> list[tuple[int, Completion]]:
         """Run the next batch: of the oldest call's kind, the longest prompts first."""
-        if self._stream and self._streamed:
-            ended = self._stream.poll()
-            return [(n, self._from_stream(n, tokens, spent)) for n, tokens, spent in ended]
+        while self._submitted:  # all of them: what shares a batch may not depend on the clock
+            self._take(self._submitted.popleft().result())
+        if self._stream and self._stream.flying:
+            ended = [(p, self._text(p, row, ()), spent) for p, row, spent in self._stream.poll()]
+            return [(p.number, replace(text, decode=spent)) for p, text, spent in ended]
         self._end_stream()  # it keeps the GPU's memory
         if not self._pending:
             raise EngineError("poll without a submitted call")
@@ -81,6 +83,8 @@ class HfEngine(Wording):
 
     def close(self) -> None:
         """Drop what waits. The weights stay for this process's next engine of the same model."""
+        super().close()
+        self._submitted.clear()
         self._pending.clear()
         self._end_stream()
         self.__dict__.pop("net", None)
@@ -113,14 +117,10 @@ class HfEngine(Wording):
         plain = not (p.request.stop or p.target or p.request.exact_length_of)
         return plain and len(p.row) + p.budget <= self.context
 
-    def _from_stream(self, number: int, tokens: list[int], seconds: float) -> Completion:
-        return replace(self._text(self._streamed.pop(number), tokens, ()), decode=seconds)
-
     def _end_stream(self) -> None:
         if self._stream:
             self._stream.close()
         self._stream = None
-        self._streamed.clear()
 
     def _next_batch(self) -> list[Asked]:
         same = [p for p in self._pending if _kind(p) == _kind(self._pending[0])]

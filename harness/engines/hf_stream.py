@@ -7,15 +7,15 @@ watched labels go this way; the rest is padded batches (hf_batches).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from harness.engines.hf_batches import Net
+from harness.engines.wording import Asked
 from harness.types import EngineError
 
 
 class Stream:
-    """Calls in flight over one loaded model; `spent` is each one's share of the time so far."""
+    """Calls in flight over one loaded model, each with its share of the time so far."""
 
     def __init__(self, net: Net) -> None:
         from transformers import GenerationConfig
@@ -28,16 +28,16 @@ class Stream:
         greedy = GenerationConfig(eos_token_id=list(net.ends) or -1, do_sample=False)
         self.manager = net.model.init_continuous_batching(greedy, config)
         self.manager.start()
-        self.spent: dict[str, float] = {}
+        self.flying: dict[str, tuple[Asked, float]] = {}
         self.clock = time.perf_counter()
 
-    def submit(self, number: int, row: Sequence[int], budget: int) -> None:
+    def submit(self, p: Asked) -> None:
         self._share()
-        self.spent[str(number)] = 0.0
-        self.manager.add_request(list(row), request_id=str(number), max_new_tokens=budget)
+        self.flying[str(p.number)] = p, 0.0
+        self.manager.add_request(list(p.row), request_id=str(p.number), max_new_tokens=p.budget)
 
-    def poll(self) -> list[tuple[int, list[int], float]]:
-        """(number, generated tokens, seconds) of at least one call. Raises EngineError."""
+    def poll(self) -> list[tuple[Asked, list[int], float]]:
+        """At least one call with its generated tokens and seconds. Raises EngineError."""
         done: list[Any] = []
         while not done or not self.manager.output_router.output_queue.empty():
             result = self.manager.get_result(timeout=1.0)
@@ -47,16 +47,14 @@ class Stream:
                 raise EngineError(f"transformers' continuous batching failed: {result.error}")
             done += [result] if result is not None else []
         self._share()
-        return [
-            (int(r.request_id), list(r.generated_tokens), self.spent.pop(r.request_id))
-            for r in done
-        ]
+        ended = [(*self.flying.pop(r.request_id), list(r.generated_tokens)) for r in done]
+        return [(p, tokens, seconds) for p, seconds, tokens in ended]
 
     def _share(self) -> None:
         """Divide the time since the last look among the calls that were in flight."""
         now = time.perf_counter()
-        for number in self.spent:
-            self.spent[number] += (now - self.clock) / len(self.spent)
+        share = (now - self.clock) / max(len(self.flying), 1)
+        self.flying = {name: (p, spent + share) for name, (p, spent) in self.flying.items()}
         self.clock = now
 
     def close(self) -> None:

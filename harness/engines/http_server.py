@@ -17,21 +17,18 @@ from collections.abc import Awaitable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
+from functools import cache
 from queue import SimpleQueue
 from random import uniform
 from threading import Thread
 from typing import Any
 
-from harness.engines import http_wire, weights
+from harness.engines import http_wire
 from harness.engines.http_wire import Post, Trouble, Wire
-from harness.engines.wording import Wording
 from harness.types import (
     Completion,
     EngineError,
     MissingPackageError,
-    MissingResourceError,
     ModelSpec,
     Request,
     Serving,
@@ -42,46 +39,23 @@ FIRST_ANSWER = 6.0  # seconds for /models: with the start of Python, an error wi
 LONGEST_PAUSE = 60.0  # seconds between two tries, unless the server asks for more
 
 
-class HttpEngine(Wording):
-    """What a server calls `served_model`: the weights of the spec's row, or those of its adapter.
+class HttpEngine(Wire):
+    """One model of a server; a bounded number of calls is in flight."""
 
-    capacity   most calls in flight, unless --concurrency says
-    tries      how often a call is put before it is an error
-    pause      seconds after the first try; they double, give or take a half
-    limit      seconds for a try; all tries of a call, with their pauses, get twice that
-    The fingerprint holds the server's name for the model and what the row says it is; the address
-    is a fact, so that a server that moved finds its answers.
-    """
+    tries = 7  # of a call, until it is an error
+    pause = 0.5  # seconds after the first try; they double, give or take a half
+    limit = 600.0  # seconds for a try; all tries of a call, with their pauses, get twice that
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        *,
-        serving: Serving,
-        capacity: int = 32,
-        tries: int = 7,
-        pause: float = 0.5,
-        limit: float = 600.0,
-    ) -> None:
+    def __init__(self, spec: ModelSpec, *, serving: Serving) -> None:
         if importlib.util.find_spec("openai") is None:
             raise MissingPackageError("openai", "http")
         if serving.deterministic:
             raise UsageError("--deterministic is for the server to set, not for --engine http")
-        self.url, self.key, self.model = _address(serving), _key(), _served(spec, serving)
-        shown = Path(self.model).name if self.model.startswith(("/", "~", ".")) else self.model
-        super().__init__(replace(spec, base=spec.base or shown))
-        given = weights.locate(serving.tokenizer, "main") if serving.tokenizer else None
-        self.tokens = given or (self.base if spec.base else None)
-        at_hand = given is not None or "repo" not in self.base.identity  # loads without the hub
-        self.wire = Wire(self.model, self if at_hand else None, self.spec, self.sampling, serving)
-        self.capacity = serving.connections or capacity
-        self.tries, self.pause, self.limit = tries, pause, limit
-        self.group, self.facts = "", dict[str, Any](base_url=self.url, served_model=shown)
-        self.fingerprint = self.identity("http", "the server's") | {
-            "served_model": shown,
-            "tokenizer": given and given.identity,
-        }
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.url, self.key = _address(serving), _key()
+        super().__init__(spec, serving)
+        self.capacity = serving.connections or 32
+        served = self.fingerprint["served_model"]
+        self.group, self.facts = "", dict[str, Any](base_url=self.url, served_model=served)
         self._reset()
 
     def _reset(self) -> None:
@@ -94,12 +68,10 @@ class HttpEngine(Wording):
 
     def submit(self, number: int, request: Request) -> None:
         """Send a call, or have it wait for its turn; the first ones until the model is found."""
-        post = self.wire.post(number, request)
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            Thread(target=_spin, args=[self._loop], daemon=True).start()
-        work = self._answer(post, time.perf_counter())
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        if self.at_hand:
+            _ = self.tokenizer  # loaded here: what loading prints is caught for the whole process
+        work = self._answer(number, request, time.perf_counter())
+        future = asyncio.run_coroutine_threadsafe(work, _loop())
         self._waiting[future] = number
         future.add_done_callback(self._done.put)
 
@@ -110,38 +82,23 @@ class HttpEngine(Wording):
         done = [self._done.get()]
         while not self._done.empty():
             done.append(self._done.get())
-        failed = [future for future in done if future.exception()]
-        ready = [future for future in done if future not in failed] or [failed.pop(0)]
-        for future in failed:  # the next poll's, when what was answered is stored
-            self._done.put(future)
+        ready = [future for future in done if not future.exception()] or done[:1]
+        for future in done:
+            if future not in ready:  # the next poll's, when what was answered is stored
+                self._done.put(future)
         return [(self._waiting.pop(future), future.result()) for future in ready]
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The model's own or none at all: cut by words, a passage would be another prompt."""
-        try:
-            weights.require("torch", "transformers")
-            if self.tokens is None:
-                raise MissingResourceError("the model's row names no weights")
-            return weights.load_tokenizer(self.tokens)
-        except MissingResourceError as error:
-            problem = "lengths are in the model's tokens: say whose with --tokenizer FOLDER or id"
-            raise MissingResourceError(f"{problem} ({error})") from error
 
     def close(self) -> None:
         """Cancel what waits and what hangs."""
-        loop, self._loop = self._loop, None
         for future in self._waiting:
             future.cancel()
-        if loop is not None:
+        if self._client is not None:
             with suppress(TimeoutError):
-                asyncio.run_coroutine_threadsafe(_end(self._client), loop).result(1)
-            loop.call_soon_threadsafe(loop.stop)
+                asyncio.run_coroutine_threadsafe(self._client.close(), _loop()).result(1)
         self._reset()
 
     async def _find(self) -> None:
         """Raise EngineError unless the server is there and lists the model. Asked once."""
-        started = time.perf_counter()
         import openai
 
         self._client = openai.AsyncOpenAI(
@@ -164,25 +121,25 @@ class HttpEngine(Wording):
             )
         card = cards[self.model]
         self.facts |= {key: card[key] for key in ("owned_by", "max_model_len") if card.get(key)}
-        self.facts["load_seconds"] = round(time.perf_counter() - started, 3)
 
-    async def _answer(self, post: Post, arrived: float) -> Completion:
+    async def _answer(self, number: int, request: Request, arrived: float) -> Completion:
         """Put a call until it is answered; EngineError after the last try."""
         async with self._slots:
+            post = self.post(number, request)
             self._found = self._found or asyncio.create_task(self._find())
             await self._found
             end = time.perf_counter() + 2 * self.limit
-            number = 0
+            tried = 0
             while True:
-                number += 1
+                tried += 1
                 try:
                     return await self._timed(post, arrived)
                 except Trouble as trouble:
-                    pause = min(self.pause * 2 ** (number - 1), LONGEST_PAUSE) * uniform(0.5, 1.5)
+                    pause = min(self.pause * 2 ** (tried - 1), LONGEST_PAUSE) * uniform(0.5, 1.5)
                     pause = max(pause, trouble.pause)
                     late = time.perf_counter() + pause > end
-                    if trouble.final or late or number == self.tries:
-                        raise EngineError(f"{self.url}: {trouble} (try {number})") from None
+                    if trouble.final or late or tried == self.tries:
+                        raise EngineError(f"{self.url}: {trouble} (try {tried})") from None
                 await asyncio.sleep(pause)
 
     async def _timed(self, post: Post, arrived: float) -> Completion:
@@ -237,26 +194,20 @@ class HttpEngine(Wording):
         return http_wire.read(response.text, response.status_code, response.headers, self.key)
 
 
-def _spin(loop: asyncio.AbstractEventLoop) -> None:
-    loop.run_forever()
-    loop.close()
-
-
-async def _end(client: Any) -> None:
-    cancelled = asyncio.all_tasks() - {asyncio.current_task()}
-    await asyncio.gather(*cancelled, return_exceptions=True)
-    if client is not None:
-        await client.close()
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """What all connections of this process run on, in a thread that ends with it."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, daemon=True).start()
+    return loop
 
 
 def _address(serving: Serving) -> str:
     """The base URL without a slash at its end. Never repeats one that may hold a secret."""
-    if not serving.base_url:
-        raise UsageError("--engine http needs --base-url, such as http://127.0.0.1:8000/v1")
     if not re.fullmatch(r"https?://[^\s@?#/:]+(:\d+)?(/[^\s@?#]*)?", serving.base_url):
         raise UsageError(
-            "--base-url is no plain http(s) address: it may hold no user, password or query;"
-            " the key comes from $OPENAI_API_KEY"
+            "--engine http needs a plain --base-url such as http://127.0.0.1:8000/v1, without user,"
+            " password or query; the key comes from $OPENAI_API_KEY"
         )
     return serving.base_url.rstrip("/")
 
@@ -266,13 +217,3 @@ def _key() -> str:
     if not (key.isascii() and key.isprintable()):
         raise UsageError("$OPENAI_API_KEY holds characters that no key can have")
     return key
-
-
-def _served(spec: ModelSpec, serving: Serving) -> str:
-    """The server's name for the model; an adapter is served under a name of its own."""
-    name = serving.served_model or spec.adapter or spec.base
-    if not name:
-        raise UsageError(f"model {spec.name}: --engine http needs --served-model")
-    if spec.adapter and name == spec.base:
-        raise UsageError(f"--served-model {name} is {spec.name} without its adapter")
-    return name

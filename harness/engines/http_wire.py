@@ -1,7 +1,7 @@
 """A request as the body of an OpenAI-compatible call, and the server's JSON as a completion.
 
-Owns the two wire formats (/chat/completions, /completions) and what servers differ in. It must not
-know connections, methods or parsing.
+Owns the two wire formats (/chat/completions, /completions), whose tokens count, and what servers
+differ in. It must not know connections, methods or parsing.
 
 Label scores are the server's own log-probabilities, never made up. With a tokenizer the labels are
 asked for by token id; without one they are looked up by their text among the `TOP` likeliest
@@ -19,9 +19,12 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from harness.engines import weights
 from harness.engines.wording import NEUTRAL, Asked, Wording
 from harness.types import (
     DEFAULT_SEED,
@@ -31,6 +34,7 @@ from harness.types import (
     ModelSpec,
     Request,
     Serving,
+    UsageError,
 )
 
 TOP = 20  # most alternatives that OpenAI's and vLLM's servers report for a token by default
@@ -47,15 +51,36 @@ _TOO_LONG = re.compile(
 _FINISH: Mapping[Any, Any] = {"length": "length", "content_filter": "filtered"}
 
 
-@dataclass(frozen=True)
-class Wire:
-    """How one model's requests are put. `words` is its tokenizer, where one is at hand."""
+class Wire(Wording):
+    """What a server calls `model`: the weights of the spec's row, or those of its adapter.
 
-    model: str
-    words: Wording | None
-    spec: ModelSpec
-    sampling: Mapping[str, float]
-    serving: Serving
+    The fingerprint holds the server's name for the model and what the row says it is; the address
+    is a fact, so that a server that moved finds its answers.
+    """
+
+    def __init__(self, spec: ModelSpec, serving: Serving) -> None:
+        self.serving, self.model = serving, _served(spec, serving)
+        shown = Path(self.model).name if self.model.startswith(("/", "~", ".")) else self.model
+        super().__init__(replace(spec, base=spec.base or shown))
+        given = weights.locate(serving.tokenizer, "main") if serving.tokenizer else None
+        self.tokens = given or (self.base if spec.base else None)
+        self.at_hand = given is not None or "repo" not in self.base.identity  # without the hub
+        self.fingerprint = self.identity("http", "the server's") | {
+            "served_model": shown,
+            "tokenizer": given and given.identity,
+        }
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's own or none at all: cut by words, a passage would be another prompt."""
+        try:
+            weights.require("torch", "transformers")
+            if self.tokens is None:
+                raise MissingResourceError("the model's row names no weights")
+            return weights.load_tokenizer(self.tokens)
+        except MissingResourceError as error:
+            problem = "lengths are in the model's tokens: say whose with --tokenizer FOLDER or id"
+            raise MissingResourceError(f"{problem} ({error})") from error
 
     def post(self, number: int, request: Request) -> Post:
         """Everything that decides a token is stated: servers have defaults of their own."""
@@ -89,7 +114,7 @@ class Wire:
         """The call in tokens; of a chat without its prompt, whose template is the server's."""
         chat = request.text is None and request.continuation is None
         plain = replace(request, messages=(), text="-") if chat else request
-        return self.words.asked(number, plain) if self.words else None
+        return self.asked(number, plain) if self.at_hand else None
 
     def _prompt(self, request: Request) -> dict[str, Any]:
         if request.text is not None:
@@ -106,7 +131,7 @@ class Wire:
 
     def count(self, text: str) -> int:
         """Tokens of a text; 0 when no tokenizer is at hand."""
-        return len(self.words.tokenizer.tokenize(text)) if self.words else 0
+        return len(self.tokenizer.tokenize(text)) if self.at_hand else 0
 
 
 @dataclass(frozen=True)
@@ -204,8 +229,8 @@ class Post:
             last = (found.get("content") or [{}])[-1]
             listed = [(t["token"], t["logprob"]) for t in last.get("top_logprobs", ())]
         names = [{label} for label in labels]
-        if self.asked and self.wire.words:
-            decode = self.wire.words.tokenizer.decode
+        if self.asked:
+            decode = self.wire.tokenizer.decode
             names = [{f"token_id:{i}", decode([i])} for i in self.asked.target]
         scores = [[float(score) for token, score in listed if token in own] for own in names]
         unread = [label for label, own in zip(labels, scores) if len(own) != 1]
@@ -230,7 +255,7 @@ class Post:
         if self.asked and "prompt" in self.body:
             return len(self.asked.row)
         with suppress(EngineError):
-            return self.wire.count(self.wire.words.rendered(self.request)) if self.wire.words else 0
+            return self.wire.count(self.wire.rendered(self.request)) if self.asked else 0
         return 0
 
 
@@ -269,3 +294,13 @@ def _seconds(retry_after: str) -> float:
     with suppress(ValueError, TypeError):
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
     return 0.0
+
+
+def _served(spec: ModelSpec, serving: Serving) -> str:
+    """The server's name for the model; an adapter is served under a name of its own."""
+    name = serving.served_model or spec.adapter or spec.base
+    if not name:
+        raise UsageError(f"model {spec.name}: --engine http needs --served-model")
+    if spec.adapter and name == spec.base:
+        raise UsageError(f"--served-model {name} is {spec.name} without its adapter")
+    return name

@@ -19,6 +19,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing import Pipe
@@ -44,16 +45,14 @@ WORKER = (
     " from harness.engines import vllm_worker as w; w.main(int(sys.argv[1]))"
 )
 ROOT = Path(__file__).parents[2]
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 
 
 class VllmEngine(Wording):
-    """One model (and adapter): a view of the process that has its base loaded.
+    """One model (and adapter): a view of the process that has its base loaded."""
 
-    silence  seconds without a sign of life after which the process is killed
-    """
+    silence = 600.0  # seconds without a sign of life after which the process is killed
 
-    def __init__(self, spec: ModelSpec, *, serving: Serving, silence: float = 600.0) -> None:
+    def __init__(self, spec: ModelSpec, *, serving: Serving) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise MissingPackageError("vllm", "vllm")
         weights.require(*(["peft"] if spec.adapter else []))
@@ -63,7 +62,7 @@ class VllmEngine(Wording):
         self.invariant = serving.deterministic and (self.device, best) == ("cuda", "bfloat16")
         exact = serving.deterministic and not self.invariant
         self.dtype = "float32" if exact else best if spec.dtype == "auto" else spec.dtype
-        self.serving, self.silence = serving, silence
+        self.serving = serving
         self.slots = 256 if self.device == "cuda" else 64  # sequences that vLLM computes at a time
         self.capacity = self.slots * 3 // 2
         self.merged = self.adapter is not None and spec.adapter_mode == "merged"
@@ -85,9 +84,8 @@ class VllmEngine(Wording):
         return self._process.facts | ({"adapters": "merged"} if self.merged else {})
 
     def submit(self, number: int, request: Request) -> None:
-        """Queue a call; the prompt is rendered and tokenised here, once."""
         self._process.views.add(self)
-        self._process.queued.append(_Call(self, self.asked(number, request)))
+        self._process.queued.append(_Call(self, self.tokenised(number, request)))
 
     def poll(self) -> list[tuple[int, Completion]]:
         """Answers of every engine of the group. Starts the process if there is none."""
@@ -96,6 +94,7 @@ class VllmEngine(Wording):
 
     def close(self) -> None:
         """Drop what waits. The process stays for the next engine of the same base."""
+        super().close()
         self._process.forget(self)
 
     @cached_property
@@ -113,7 +112,7 @@ class VllmEngine(Wording):
         if self.adapter and self.merged:
             model = weights.merged_folder(base, self.adapter, self.dtype)
         if adapters:
-            rank = next(r for r in RANKS if r >= max(adapters.values()))
+            rank = max(8, 1 << (max(adapters.values()) - 1).bit_length())  # vLLM knows these
             engine = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": rank}
         engine |= {
             "model": model, "revision": base.revision,
@@ -184,9 +183,14 @@ class _Call:
     """A call on its way; `answers` by the number of its prompt."""
 
     view: VllmEngine
-    asked: Asked
+    tokens: Future[Asked]
     parts: int = 0
     answers: dict[int, Answer] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> Asked:
+        """Its tokens, waited for."""
+        return self.tokens.result()
 
 
 class _Process:
@@ -232,7 +236,7 @@ class _Process:
             self.link.close()
             self.log.close()
         self.child, self.facts, self.adapters = None, {}, {}
-        unanswered = {id(call): _Call(call.view, call.asked) for call in self.sent.values()}
+        unanswered = {id(call): _Call(call.view, call.tokens) for call in self.sent.values()}
         self.queued, self.sent = [*unanswered.values(), *self.queued], {}
 
     def _dispatch(self, silence: float) -> list[_Call]:

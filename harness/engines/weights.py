@@ -18,7 +18,7 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 
 from harness.types import EngineError, MissingPackageError, MissingResourceError, digest
 
+WORDS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")  # what a tokenizer is made of
 WEIGHTS = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
 
 
@@ -131,7 +132,8 @@ def load_tokenizer(base: Located) -> Any:
     # No length of its own: a long prompt is answered with too_long, not with a log line.
     endless = {"model_max_length": 1 << 40}
     with _loading(f"the tokenizer of {base.path}"):
-        return AutoTokenizer.from_pretrained(_folder(base), revision=base.revision, **endless)
+        folder = _fetched(_folder(base), base.revision, WORDS)
+        return AutoTokenizer.from_pretrained(folder, **endless)
 
 
 _kept: dict[tuple[Any, ...], Any] = {}  # the last model of this process, if any
@@ -194,13 +196,10 @@ def fitting_adapter(base: Located, adapter: Located) -> str:
     vLLM silently leaves out what does not fit, so peft tries it on a base without weights.
     """
     import torch
-    from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = adapter.path
     with _loading(adapter.path):
-        if not Path(folder).is_dir():
-            folder = str(snapshot_download(folder, revision=adapter.revision))
+        folder = _fetched(adapter.path, adapter.revision)
     with _loading(base.path), torch.device("meta"):
         config = AutoConfig.from_pretrained(_folder(base), revision=base.revision)
         _adapted(AutoModelForCausalLM.from_config(config), adapter, "unmerged")
@@ -215,6 +214,18 @@ def merged_folder(base: Located, adapter: Located, dtype: str) -> str:
         with _loading(base.path):
             _save(folder, _adapted(_base_model(base, dtype), adapter, "merged"))
     return str(folder)
+
+
+def _fetched(path: str, revision: str, files: Sequence[str] | None = None) -> str:
+    """The folder itself, or that of a hub repository's files, fetched once.
+
+    Without a network and a copy that fails at once; `from_pretrained` tries for most of a minute.
+    """
+    from huggingface_hub import snapshot_download
+
+    if Path(path).is_dir():
+        return path
+    return str(snapshot_download(path, revision=revision, allow_patterns=files))
 
 
 def _folder(base: Located) -> str:

@@ -10,6 +10,7 @@ import os
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -45,12 +46,13 @@ class Wording:
     def __init__(self, spec: ModelSpec) -> None:
         if not spec.base:
             raise RegistryError(f"model {spec.name} names no weights; it needs --engine http")
-        locate = weights.locate
-        self.spec = spec
-        self.base = locate(spec.base, spec.revision)
-        self.adapter = locate(spec.adapter, spec.adapter_revision) if spec.adapter else None
+        self.spec, adapted = spec, (spec.adapter, spec.adapter_revision)
+        self.base = weights.locate(spec.base, spec.revision)
+        self.adapter = weights.locate(*adapted) if spec.adapter else None
         self.sampling = _sampling(spec)
         self.clip = lru_cache(maxsize=1 << 18)(self._clip)
+        self.tokenise_seconds = 0.0  # spent on calls so far
+        self._thread = ThreadPoolExecutor(1, "tokenise")
 
     def identity(self, engine: str, dtype: str) -> dict[str, Any]:
         """What decides an answer apart from the request, whichever engine computes it."""
@@ -65,8 +67,19 @@ class Wording:
             "template": dict(self.spec.template),
         }
 
+    def tokenised(self, number: int, request: Request) -> Future[Asked]:
+        """`asked` in a thread of its own: the loop goes on, as fast tokenizers release the GIL."""
+        _ = self.tokenizer  # loaded here: what loading prints is caught for the whole process
+        return self._thread.submit(self.asked, number, request)
+
+    def close(self) -> None:
+        """Tokenise nothing more of what waits."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread = ThreadPoolExecutor(1, "tokenise")
+
     def asked(self, number: int, request: Request) -> Asked:
         """Render and tokenise a call, once."""
+        started = time.perf_counter()
         row = self._ids(self.rendered(request), special=request.text is not None)
         if not row:
             raise EngineError("an empty prompt has no next token")
@@ -76,7 +89,9 @@ class Wording:
             target = self._ids(request.continuation)
             row += target
         budget = len(self._ids(request.exact_length_of)) or request.max_tokens
-        return Asked(number, request, row, target, budget, time.perf_counter())
+        arrived = time.perf_counter()
+        self.tokenise_seconds += arrived - started
+        return Asked(number, request, row, target, budget, arrived)
 
     def _clip(self, text: str, tokens: int) -> str:
         """tokenize + convert_tokens_to_string, as every published runner cuts (PROTOCOLS 2.1.4)."""

@@ -71,10 +71,9 @@ def _from(figure: Published, sources: Sequence[str]) -> bool:
 def _beside(sheet: Sheet, line: Line, column: Column, figure: Published, sign: str) -> Row:
     layout, cells = sheet.layout, sheet.complete(line, column)
     theirs, half = (layout.scale / 100 * n for n in (figure.value, rounding(figure)))
-    ours = low = high = math.nan
-    if cells:
-        interval, ours = macro_interval(cells, MEASURE), sheet.numbers[*line, column.key]
-        low, high = layout.scale * interval.low, layout.scale * interval.high
+    ours = sheet.numbers[*line, column.key] if cells else math.nan
+    interval = macro_interval(cells, MEASURE)
+    low, high = layout.scale * interval.low, layout.scale * interval.high
     within = "yes" if low - half <= theirs <= high + half else "no"
     values = (
         *(value(number, layout.digits) for number in (ours, low, high)),

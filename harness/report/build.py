@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.published import Published
-from harness.report import curves, plots, quality, tables, writers
+from harness.report import plots, quality, tables, writers
 from harness.report.against import against
 from harness.report.quality import USUAL, Layout
-from harness.report.tables import Table
+from harness.report.tables import MEASURE, Table
 from harness.report.writers import write_file
 from harness.types import CellResult, DataError, RegistryError
 
@@ -94,7 +94,7 @@ def _printed(table: Table, kind: str, name: str) -> str:
 
 def _plots(cells: Sequence[CellResult], out: Path) -> list[Path]:
     paths = [path for x in plots.AXES for path in plots.quality_against(cells, x, out)]
-    paths += [*plots.gain_heatmap(cells, out), *curves.budget_curves(cells, out)]
+    paths += [*plots.gain_heatmap(cells, out), *plots.budget_curves(cells, out)]
     firsts = tables.companions(cells, "first-stage")
     for best, first in _pairs(cells):
         with contextlib.suppress(DataError):  # other queries: the table's notes say so
@@ -108,13 +108,11 @@ def _plots(cells: Sequence[CellResult], out: Path) -> list[Path]:
 
 def _pairs(cells: Sequence[CellResult]) -> list[tuple[CellResult, CellResult]]:
     """The best model of every dataset and first stage, beside that first stage."""
-    used = [cell for cell in tables.shown(cells) if tables.is_complete(cell)]
+    used = [c for c in tables.ranked(cells) if tables.is_complete(c) and MEASURE in c.measures]
     firsts = tables.companions(used, "first-stage")
-    ranked = sorted(
-        (c for c in used if tables.MEASURE in c.measures and not tables.is_sanity(c)),
-        key=lambda cell: cell.measures[tables.MEASURE],
-    )
-    best = {(c.dataset, tables.block_of(c)): c for c in ranked if not tables.is_latency(c)}
+    models = (cell for cell in used if not tables.is_sanity(cell))
+    by_value = sorted(models, key=lambda cell: cell.measures[MEASURE])
+    best = {(cell.dataset, tables.block_of(cell)): cell for cell in by_value}
     return [(best[place], firsts[place]) for place in firsts if place in best]
 
 

@@ -10,10 +10,12 @@ a cell was made: it reads finished cells, and texts only as far as the caller ha
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ from harness.report.shards import Texts
 from harness.report.tables import MEASURE
 from harness.report.writers import write_file
 from harness.specs import Registry, in_domain
-from harness.stats import by_query, interval_of, rank_groups
-from harness.types import CellResult, ModelSpec, digest
+from harness.stats import Interval, align, by_query, intervals, rank_groups
+from harness.types import CellResult, DataError, digest
 
 SCHEMA_VERSION = 1  # of the page's data
 UNTYPICAL = ("random", "reverse", "oracle")  # would stretch a column's scale
@@ -34,7 +36,7 @@ ASSETS = Path(__file__).parent / "assets"
 Board = dict[str, Any]
 NOTHING: Board = {  # of a cell: what a published figure does not tell, or no mark can say
     **dict.fromkeys(("low", "high", "calls", "prompt", "tokens", "seconds", "flops", "faults")),
-    **dict.fromkeys(("whisker", "queries", "rank", "most", "sources")),
+    **dict.fromkeys(("queries", "rank", "most", "sources")),
     "mark": 0,
     "total_calls": 0,
 }
@@ -69,11 +71,16 @@ def render(
 
 def _board(cells: Sequence[CellResult], texts: Texts, published: Sequence[Published]) -> Board:
     """Columns (groups), rows and cells as plain values, the rows in the order of the table."""
-    rows = {cell.model: _row(cell) for cell in cells}
+    rows = {
+        cell.model: _row(cell.model, "measured", cell.record["model"], tables.is_sanity(cell))
+        for cell in cells
+    }
     columns, heads = _columns(cells), []
     for number, inside in enumerate(columns):
-        entries = {cell.model: _entry(cell, number) for cell in inside}
-        heads.append(_head(number, inside, texts) | {"scale": _mark(inside, entries)})
+        whiskers = intervals([[list(by_query(c, _measure(c)).values())] for c in inside])
+        entries = {c.model: _entry(c, number, ends) for c, ends in zip(inside, whiskers)}
+        _mark(inside, entries)
+        heads.append(_head(number, inside, texts) | {"scale": _scale(inside, entries)})
         for model, entry in entries.items():
             rows[model]["cells"][number] = entry
     names = [(head["first_stage"], head["depth"], head["short"]) for head in heads]
@@ -139,16 +146,15 @@ def _measure(cell: CellResult) -> str:
     return MEASURE if MEASURE in cell.measures else next(iter(cell.measures))
 
 
-def _row(cell: CellResult) -> Board:
-    model = cell.record["model"]
+def _row(model: str, kind: str, spec: Mapping[str, Any], baseline: bool) -> Board:
     return {
-        "model": cell.model,
-        "kind": "measured",
-        "method": str(model["method"]),
-        "baseline": tables.is_sanity(cell),
-        "base": str(model.get("base") or ""),
-        "parameters": model.get("parameters"),
-        "trained_on": [str(name) for name in model.get("trained_on") or ()],
+        "model": model,
+        "kind": kind,
+        "method": str(spec.get("method") or "unknown"),
+        "baseline": baseline,
+        "base": str(spec.get("base") or ""),
+        "parameters": spec.get("parameters"),
+        "trained_on": [str(name) for name in spec.get("trained_on") or ()],
         "cells": {},
     }
 
@@ -166,7 +172,9 @@ def _published_rows(
     rows = []
     for name, places in found.items():
         ours = next(iter(places.values()))[0].model
-        row = _published_row(name, ours, models.get(ours))
+        base = f"published figures of {ours}" if ours else "published figures"
+        spec = (asdict(models[ours]) if ours in models else {}) | {"base": base}
+        row = _row(name, "published", spec, ours in tables.SANITY)
         for number, figures in places.items():
             family = str(columns[number][0].record["dataset"].get("family"))
             trained = in_domain(row["trained_on"], figures[0].dataset, family)
@@ -182,19 +190,6 @@ def _belongs(figure: Published, cell: CellResult) -> bool:
     return (figure.dataset, figure.measure, block_of_figure(figure)) == place
 
 
-def _published_row(name: str, ours: str, spec: ModelSpec | None) -> Board:
-    return {
-        "model": name,
-        "kind": "published",
-        "method": spec.method if spec else "unknown",
-        "baseline": ours in tables.SANITY,
-        "base": f"published figures of {ours}" if ours else "published figures",
-        "parameters": spec.parameters if spec else None,
-        "trained_on": list(spec.trained_on) if spec else [],
-        "cells": {},
-    }
-
-
 def _published_entry(figures: Sequence[Published], in_domain: bool, group: int) -> Board:
     low, high = (end(p.value for p in figures) / 100 for end in (min, max))
     return NOTHING | {
@@ -208,15 +203,14 @@ def _published_entry(figures: Sequence[Published], in_domain: bool, group: int) 
     }
 
 
-def _entry(cell: CellResult, group: int) -> Board:
+def _entry(cell: CellResult, group: int, interval: Interval) -> Board:
     """What the table shows of one cell; costs are means over its queries."""
-    record, measure, numbers = cell.record, _measure(cell), tables.numbers_of(cell)
-    interval = interval_of(cell, measure)
+    record, numbers = cell.record, tables.numbers_of(cell)
     known = not math.isnan(interval.low + interval.high)
     return NOTHING | {
         "id": shards.cell_name(cell),
         "group": group,
-        "value": cell.measures[measure],
+        "value": cell.measures[_measure(cell)],
         "low": interval.low if known else None,
         "high": interval.high if known else None,
         "total_calls": tables.part(cell, "faults").get("calls", 0),
@@ -232,27 +226,24 @@ def _entry(cell: CellResult, group: int) -> Board:
     }
 
 
-def _mark(cells: Sequence[CellResult], entries: Mapping[str, Board]) -> list[float]:
-    """Mark a column's best and second and who may hold which rank, draw its whiskers; returns
-    their scale."""
+def _mark(cells: Sequence[CellResult], entries: Mapping[str, Board]) -> None:
+    """Mark a column's best and second, and the ranks that each may hold."""
     rivals = [c for c in cells if tables.is_complete(c) and not tables.is_sanity(c)]
-    values = {c.model: entries[c.model]["value"] for c in rivals}
-    for model, place in tables.podium(values).items():
+    places = tables.podium({c.model: entries[c.model]["value"] for c in rivals})
+    with contextlib.suppress(DataError):  # other queries: no ranks
+        field = [align(rivals, _measure(cells[0]))] if len(rivals) > 1 else []
+        for cell, ranks in zip(rivals, rank_groups(field) if field else ()):
+            entries[cell.model]["rank"] = ranks
+    for model, place in places.items():
         entries[model]["mark"] = place
-    scores = [by_query(c, _measure(c)) for c in rivals]
-    if len(rivals) > 1 and all(found.keys() == scores[0].keys() for found in scores):
-        rows = [[found[qid] for qid in scores[0]] for found in scores]
-        for cell, ranks in zip(rivals, rank_groups([rows])):
-            entries[cell.model]["rank"] = str(ranks)
+
+
+def _scale(cells: Sequence[CellResult], entries: Mapping[str, Board]) -> list[float]:
+    """Where a column's whiskers begin and end."""
     usual = [entries[c.model] for c in cells if c.record["model"]["method"] not in UNTYPICAL]
-    typical = [entry for entry in usual if entry["low"] is not None]
-    low = min((entry["low"] for entry in typical), default=0.0)
-    high = max((entry["high"] for entry in typical), default=1.0)
-    width = high - low or 1.0
-    for entry in typical:
-        ends = (entry["low"], entry["value"], entry["high"])
-        entry["whisker"] = [round(100 * (end - low) / width, 1) for end in ends]
-    return [low, low + width if high == low else high]
+    ends = [entry[end] for entry in usual for end in ("low", "high") if entry[end] is not None]
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
+    return [low, high if high > low else low + 1]
 
 
 def _html(board: Board) -> str:

@@ -21,7 +21,7 @@ from harness.report import quality, writers
 from harness.report.against import against
 from harness.report.quality import Line, Sheet
 from harness.report.tables import MEASURE, Column, Table, part, value
-from harness.stats import Interval, macro_interval
+from harness.stats import macro_interval
 from harness.types import Cell, CellResult, DataError
 
 UNKNOWN = r"\textbf{??}"  # what LaTeX itself prints for a reference that it does not know
@@ -110,7 +110,7 @@ def _numbers(name: str, sheet: Sheet, slots: Sequence[Slot]) -> Iterator[dict[st
                 raise DataError(f"two numbers of {name} would share the macro {macro}")
             seen.add(macro)
             number = sheet.numbers.get((*line, column.key))
-            interval = macro_interval(cells, MEASURE) if cells else Interval(math.nan, math.nan)
+            interval = macro_interval(cells, MEASURE)
             yield {
                 "macro": macro,
                 "model": line[1],

@@ -10,19 +10,17 @@ import io
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from textwrap import fill
 from typing import Any
 
 from harness import store
 from harness.report import tables
 from harness.report.tables import MEASURE, block_of, is_sanity, rounded, short
-from harness.report.writers import csv_text, plain, write_file
-from harness.stats import Paired, align, bootstrap_interval, by_query, paired
+from harness.report.writers import plain, write_file
+from harness.stats import Paired, align, bootstrap_interval, by_query, macro_interval, paired
 from harness.types import CellResult
 
 AXES = {
@@ -50,24 +48,22 @@ FILES: dict[str, dict[str, None]] = {  # the metadata that would change with the
 def _figure(width: float, height: float) -> Iterator[Any]:
     """A figure in inches that no global state of matplotlib can reach."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a name in another script is still right in SVG
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
+        yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, stem: Path, rows: Iterable[Sequence[Any]]) -> list[Path]:
+def _save(figure: Any, stem: Path, data: Any) -> list[Path]:
     """Must be called inside `_figure`: the SVG's ids and fonts come from its style."""
     paths = []
     for kind, metadata in FILES.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata=metadata, dpi=200)
         paths.append(write_file(stem.with_name(f"{stem.name}.{kind}"), buffer.getvalue()))
-    return [*paths, write_file(stem.with_name(f"{stem.name}.csv"), csv_text(rows))]
+    text = data.to_csv(index=False, lineterminator="\n")
+    return [*paths, write_file(stem.with_name(f"{stem.name}.csv"), text)]
 
 
 def _file(name: str) -> str:
@@ -82,133 +78,108 @@ def _place(cell: CellResult) -> str:
 # --- quality against cost ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Point:
-    """One cell: x in the cost's unit, y with its 95 % interval [low, high], times 100."""
-
-    model: str
-    x: float
-    y: float
-    low: float
-    high: float
-    colour: str
-    marker: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Panel:
-    title: str
-    points: tuple[_Point, ...]
-    references: dict[str, float]
-
-    @property
-    def front(self) -> list[_Point]:
-        """The points that no other beats in cost and quality, cheapest first."""
-        front: list[_Point] = []
-        for point in sorted(self.points, key=lambda p: (p.x, -p.y)):
-            if not front or point.y > front[-1].y:
-                front.append(point)
-        return front
-
-
 def quality_against(cells: Sequence[CellResult], x: str, out: Path) -> list[Path]:
     """nDCG@10 against a cost, one panel for dataset and first stage, into the folder `out`.
 
     The line is the Pareto front, bars are 95 % bootstrap intervals of the mean over queries. A
     panel in which every model costs 0 is left out.
     """
-    panels = _panels(cells, x)
+    data = _points(cells, x)
+    panels, models = list(data.groupby("panel", sort=False)), data[data.x.notna()].model.unique()
     if not panels:
         return []
-    looks = {p.model: (p.colour, p.marker) for panel in panels for p in panel.points}
     wide = min(3, len(panels))
     tall, width = -(-len(panels) // wide), 0.4 + (4.6 if wide == 1 else 3.6) * wide
-    columns = int(width / (0.4 + 0.075 * max(map(len, looks)))) or 1
-    with _figure(width, 2.9 * tall + 0.18 * -(-len(looks) // columns)) as figure:
+    columns = int(width / (0.4 + 0.075 * max(map(len, models)))) or 1
+    with _figure(width, 2.9 * tall + 0.18 * -(-len(models) // columns)) as figure:
         grid = figure.subplots(tall, wide, squeeze=False).flat
         for place, axes in enumerate(grid):
             if place < len(panels):
-                _draw(axes, panels[place], AXES[x])
+                _draw(axes, *panels[place])
+                axes.set_xlabel(AXES[x])
                 axes.set_ylabel("" if place % wide else f"{MEASURE} x 100")
             axes.set_visible(place < len(panels))
-        _legend(figure, looks, columns)
-        return _save(figure, out / f"quality_against_{x}", _points_csv(panels, x))
+        _legend(figure, columns)
+        named = data.rename(columns={"x": f"{x}_per_query", "y": f"{MEASURE} x 100"})
+        return _save(figure, out / f"quality_against_{x}", named.drop(columns="look"))
 
 
-def _legend(figure: Any, looks: Mapping[str, tuple[str, str]], columns: int) -> None:
+def _points(cells: Sequence[CellResult], x: str) -> Any:
+    """A row for every model, x in the cost's unit, and below them the baselines, without x.
+
+    y is times 100, with its 95 % interval. look numbers the models, alike in all panels.
+    """
+    from pandas import DataFrame
+
+    used = [c for c in tables.ranked(cells) if tables.is_complete(c) and MEASURE in c.measures]
+    looks = list(dict.fromkeys(cell.model for cell in used if not is_sanity(cell)))
+    rows: list[tuple[Any, ...]] = []
+    for cell in sorted(used, key=is_sanity):
+        place, y = (f"{short(cell)}: {block_of(cell)}", cell.model), 100 * cell.measures[MEASURE]
+        if is_sanity(cell):
+            rows.append((*place, None, y, None, None, None))
+        elif (cost := tables.cost(cell, x)) is not None:
+            ends = macro_interval([cell], MEASURE)
+            look = looks.index(cell.model)
+            rows.append((*place, cost, y, 100 * ends.low, 100 * ends.high, look))
+    columns = ["panel", "model", "x", "y", "low", "high", "look"]
+    data = DataFrame(rows, columns=columns, dtype=object)
+    data = data.astype(dict.fromkeys(columns[2:6], float))
+    data = data.sort_values("panel", key=lambda names: names.factorize()[0], kind="stable")
+    data = data[data.groupby("panel").x.transform("max") > 0]
+    return data.assign(on_front=_on_front(data))
+
+
+def _on_front(data: Any) -> Any:
+    """Does no other point of the panel beat it in cost and quality? Of a baseline: nothing."""
+    ranked = data.sort_values(["x", "y"], ascending=[True, False])
+    before = ranked.groupby("panel").y.transform(lambda y: y.cummax().shift(fill_value=-1.0))
+    return (ranked.y > before).astype("Int64").where(ranked.x.notna())
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], **POINT,
+    }  # fmt: skip
+
+
+def _legend(figure: Any, columns: int) -> None:
     """One for all panels, in which a model looks the same."""
-    from matplotlib.lines import Line2D
-
-    marks = [Line2D([], [], color=c, marker=m, **POINT, ls="") for c, m in looks.values()]
+    named = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    shown = {name: line for name, line in named.items() if not name.startswith("_")}
     where = {"loc": "outside lower center", "ncols": columns, "frameon": False}
-    figure.legend(marks, list(map(plain, looks)), handletextpad=0.1, **where)
+    figure.legend(shown.values(), shown, handletextpad=0.1, **where)
 
 
-def _points_csv(panels: Sequence[_Panel], x: str) -> Iterator[Sequence[Any]]:
-    yield ("panel", "model", f"{x}_per_query", f"{MEASURE} x 100", "low", "high", "on_front")
-    for panel in panels:
-        for p in panel.points:
-            yield (panel.title, p.model, p.x, p.y, p.low, p.high, int(p in panel.front))
-        for name, y in panel.references.items():
-            yield (panel.title, name, None, y, None, None, None)
+def _draw(axes: Any, title: Any, panel: Any) -> None:
+    points, baselines = panel[panel.x.notna()], panel[panel.x.isna()]
+    axes.set_title(fill(plain(title), 45))
+    _scale(axes, points, baselines)
+    front = points[points.on_front == 1].sort_values("x")
+    xs, ys = [*front.x, axes.get_xlim()[1]], [*front.y, front.y.iloc[-1]]
+    axes.step(xs, ys, where="post", color="#BBBBBB", lw=1.2, zorder=1)
+    for p in points.itertuples():
+        look = _look(p.look)
+        axes.vlines(p.x, p.low, p.high, color=look["color"], lw=0.9, alpha=0.7, zorder=2)
+        axes.plot(p.x, p.y, ls="", zorder=3, label=plain(p.model), **look)
+    for p in baselines.itertuples():
+        _reference(axes, p.model, p.y)
 
 
-def _panels(cells: Sequence[CellResult], x: str) -> list[_Panel]:
-    """One for dataset and first stage; a model looks the same in all of them."""
-    used = [cell for cell in tables.shown(cells) if tables.is_complete(cell)]
-    used = [cell for cell in used if MEASURE in cell.measures and not tables.is_latency(cell)]
-    models = list(dict.fromkeys(cell.model for cell in used if not is_sanity(cell)))
-    groups: dict[str, list[CellResult]] = defaultdict(list)
-    for cell in used:
-        groups[f"{short(cell)}: {block_of(cell)}"].append(cell)
-    panels = []
-    for title, group in groups.items():
-        points = tuple(_points(group, x, models))
-        references = {c.model: 100 * c.measures[MEASURE] for c in group if is_sanity(c)}
-        panels += [_Panel(title, points, references)] * any(p.x for p in points)
-    return panels
-
-
-def _points(cells: Sequence[CellResult], x: str, models: Sequence[str]) -> Iterator[_Point]:
-    for cell in cells:
-        place = tables.cost(cell, x)
-        if not is_sanity(cell) and place is not None:
-            values = [row[MEASURE] for row in cell.per_query if row.get(MEASURE) is not None]
-            interval, look = bootstrap_interval(values), models.index(cell.model)
-            y, low, high = (100 * n for n in (cell.measures[MEASURE], interval.low, interval.high))
-            colour, marker = COLOURS[look % len(COLOURS)], MARKERS[look % len(MARKERS)]
-            yield _Point(cell.model, place, y, low, high, colour, marker)
-
-
-def _draw(axes: Any, panel: _Panel, name: str) -> None:
-    axes.set(title=fill(plain(panel.title), 45), xlabel=name)
-    _scale(axes, panel)
-    front = panel.front
-    xs, ys = [p.x for p in front], [p.y for p in front]
-    end = axes.get_xlim()[1]
-    axes.step([*xs, end], [*ys, ys[-1]], where="post", color="#BBBBBB", lw=1.2, zorder=1)
-    for p in panel.points:
-        axes.vlines(p.x, p.low, p.high, color=p.colour, lw=0.9, alpha=0.7, zorder=2)
-        axes.plot(p.x, p.y, p.marker, color=p.colour, zorder=3, **POINT)
-    for model, y in panel.references.items():
-        _reference(axes, model, y)
-
-
-def _scale(axes: Any, panel: _Panel) -> None:
+def _scale(axes: Any, points: Any, baselines: Any) -> None:
     """Limits from the points and the first stage; a logarithmic x from one decade on."""
-    xs = [p.x for p in panel.points]
-    ys = [v for p in panel.points for v in (p.low, p.y, p.high) if v == v]  # nan: one query
-    ys += [y for name, y in panel.references.items() if name == "first-stage"]
+    first = baselines[baselines.model == "first-stage"].y
+    ys = [*points.y, *points.low.dropna(), *points.high.dropna(), *first]
     pad = 0.12 * (max(ys) - min(ys)) or 1
     axes.set_ylim(min(ys) - pad, max(ys) + pad)
-    if min(xs) > 0 and max(xs) >= 10 * min(xs):
+    low, high = points.x.min(), points.x.max()
+    if low > 0 and high >= 10 * low:
         axes.set_xscale("log")
-        decades = max(xs) / min(xs)
-        axes.set_xlim(min(xs) / decades**0.08, max(xs) * decades**0.22)
+        axes.set_xlim(low / (high / low) ** 0.08, high * (high / low) ** 0.22)
         axes.xaxis.set_minor_formatter("")
     else:
-        pad = 0.12 * (max(xs) - min(xs)) or max(0.1 * max(xs), 0.5)
-        axes.set_xlim(min(xs) - pad, max(xs) + 3 * pad)  # the baselines are named at the right
+        pad = 0.12 * (high - low) or max(0.1 * high, 0.5)
+        axes.set_xlim(low - pad, high + 3 * pad)  # the baselines are named at the right
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:,.6g}" if 0 <= v < 1e7 else f"{v / 1e9:,.6g}G")
 
 
@@ -230,7 +201,9 @@ def _reference(axes: Any, name: str, y: float) -> None:
 
 def gain_heatmap(cells: Sequence[CellResult], out: Path) -> list[Path]:
     """Gain over the first stage in nDCG@10 x 100, models x datasets, into the folder `out`."""
-    used = [cell for cell in tables.shown(cells) if not tables.is_latency(cell)]
+    from pandas import Series
+
+    used = tables.ranked(cells)
     first = tables.companions(used, "first-stage")
     gains = {
         (block_of(cell), cell.model, cell.dataset): 100 * found
@@ -240,24 +213,21 @@ def gain_heatmap(cells: Sequence[CellResult], out: Path) -> list[Path]:
     if not gains:
         return []
     heads = {cell.dataset: plain(short(cell)) for cell in used}
-    columns = [name for name in heads if any(name == dataset for _, _, dataset in gains)]
-    rows = list(dict.fromkeys(key[:2] for key in gains))
-    values = [[gains.get((*row, column)) for column in columns] for row in rows]
-    names = [plain(f"{model} ({block})") for block, model in rows]
-    width = 0.068 * max(map(len, names)) + max(2.6, 0.62 * len(columns)) + 0.8
-    height = 0.045 * max(len(heads[column]) for column in columns) + 0.27 * len(rows)
+    data = Series(gains).rename_axis(["first_stage", "model", None]).unstack(sort=False)
+    data = data[[name for name in heads if name in data]]
+    names = [plain(f"{model} ({block})") for block, model in data.index]
+    shown = [heads[name] for name in data]
+    width = 0.068 * max(map(len, names)) + max(2.6, 0.62 * len(shown)) + 0.8
+    height = 0.045 * max(map(len, shown)) + 0.27 * len(names)
     with _figure(width, 0.9 + height) as figure:
-        _heat(figure, values, names, [heads[column] for column in columns])
-        lines: list[Sequence[Any]] = [("first_stage", "model", *columns)]
-        lines += [(*row, *line) for row, line in zip(rows, values)]
-        return _save(figure, out / "gain_over_first_stage", lines)
+        _heat(figure, data.to_numpy(), names, shown)
+        return _save(figure, out / "gain_over_first_stage", data.reset_index())
 
 
-def _heat(figure: Any, values: Any, names: Sequence[str], heads: Sequence[str]) -> None:
+def _heat(figure: Any, data: Any, names: Sequence[str], heads: Sequence[str]) -> None:
     """Coloured cells with their numbers printed, white where there is no gain."""
     import numpy as np
 
-    data = np.array(values, dtype=float)
     limit = max(1.0, float(np.nanmax(np.abs(data))))
     axes = figure.subplots()
     image = axes.imshow(data, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
@@ -276,19 +246,22 @@ def _heat(figure: Any, values: Any, names: Sequence[str], heads: Sequence[str]) 
 
 def per_query_bars(a: CellResult, b: CellResult, out: Path) -> list[Path]:
     """Sorted per-query differences a - b in nDCG@10, into the folder `out`."""
+    from pandas import DataFrame
+
     if len(tables.shown((a, b))) < 2:
         return []
-    left, right = align(a, b, MEASURE)
-    qids = [str(row["qid"]) for row in a.per_query if row.get(MEASURE) is not None]
-    bars = sorted(((x - y, qid, x, y) for qid, x, y in zip(qids, left, right)), reverse=True)
+    pair = align([a, b], MEASURE)
+    rows = sorted(
+        ((x - y, qid, x, y) for qid, x, y in zip(by_query(a, MEASURE), *pair)), reverse=True
+    )
+    data = DataFrame(rows, columns=["difference", "qid", a.model, b.model])
     with _figure(5.2, 2.8) as figure:
         axes = figure.subplots()
-        _bars(axes, [difference for difference, *_ in bars], paired(left, right))
+        _bars(axes, data.difference, paired([[pair]])[0])
         title = f"{a.model} minus {b.model}, {short(a)} ({block_of(a)})"
         axes.set_title(fill(plain(title), 75))
         name = f"{_place(a)}_{_file(a.model)}_minus_{_file(b.model)}"
-        table = [("qid", a.model, b.model, "difference"), *((q, x, y, d) for d, q, x, y in bars)]
-        return _save(figure, out / f"per_query_{name}", table)
+        return _save(figure, out / f"per_query_{name}", data.iloc[:, [1, 2, 3, 0]])
 
 
 def _bars(axes: Any, differences: Sequence[float], result: Paired) -> None:
@@ -308,6 +281,54 @@ def _bars(axes: Any, differences: Sequence[float], result: Paired) -> None:
     axes.text(0.99, 0.97, f"{counts}\nmean {mean} [{low}, {high}]", **where)
 
 
+# --- budgets ----------------------------------------------------------------------------------
+
+SPENT = {"calls": "calls per query", "tokens": "prompt and generated tokens per query"}
+
+
+def budget_curves(cells: Iterable[CellResult], out: Path) -> list[Path]:
+    """nDCG@10 x 100 against what was spent, a figure for dataset and first stage, a line a model.
+
+    It draws what records hold under "budget"; what stopping a method means is harness.budget's.
+    The left end of every line is the first stage, the right end the cell's own ranking.
+    """
+    places: dict[str, list[CellResult]] = defaultdict(list)
+    for cell in tables.ranked(cells):
+        if any(MEASURE in point for point in cell.record.get("budget") or ()):
+            places[_place(cell)].append(cell)
+    return [path for place, some in places.items() for path in _curves(some, out, place)]
+
+
+def _curves(cells: Sequence[CellResult], out: Path, place: str) -> list[Path]:
+    from pandas import DataFrame
+
+    rows = [{"model": cell.model, **point} for cell in cells for point in cell.record["budget"]]
+    data = DataFrame(rows)[["model", "budget", *SPENT, MEASURE]]
+    data[MEASURE] *= 100
+    with _figure(7.2, 3.0) as figure:
+        for axes, key in zip(figure.subplots(1, 2, sharey=True), SPENT):
+            _draw_curves(axes, data, key)
+        figure.axes[0].set_ylabel(f"{MEASURE} x 100")
+        figure.suptitle(fill(plain(f"{short(cells[0])}: {block_of(cells[0])}"), 95), size=9)
+        where = {"loc": "outside lower center", "ncols": 3, "frameon": False}
+        figure.legend(handles=figure.axes[0].lines, **where)
+        return _save(
+            figure, out / f"budget_{place}", data.rename(columns={MEASURE: f"{MEASURE} x 100"})
+        )
+
+
+def _draw_curves(axes: Any, data: Any, key: str) -> None:
+    lines = data.groupby("model", sort=False)
+    ends = lines[key].last()
+    if ends.max() >= 10 * ends.min():
+        axes.set_xscale("symlog", linthresh=ends.min(), linscale=0.5)
+    axes.xaxis.set_major_formatter("{x:,.6g}")
+    axes.set_xlabel(SPENT[key])
+    for look, (model, line) in enumerate(lines):
+        own = {"drawstyle": "steps-post", "label": plain(model), "markevery": [-1], "lw": 1.3}
+        axes.plot(line[key], line[MEASURE], **own, **_look(look))
+
+
 # --- reasoning --------------------------------------------------------------------------------
 
 
@@ -317,35 +338,29 @@ def reasoning_length(cell: CellResult, first: CellResult, out: Path) -> list[Pat
     Nothing for a cell without reasoning. Queries are grouped by the mean length of their calls, at
     least eight to a group and at most ten groups; bars are 95 % bootstrap intervals of the mean.
     """
+    from pandas import DataFrame
+
     if not tables.shown([cell]) or not tables.part(cell, "efficiency").get("reasoning_tokens"):
         return []
-    lengths: dict[str, list[float]] = defaultdict(list)
-    ends: dict[bool, list[float]] = {False: [], True: []}
-    for call in store.read_trace(cell.folder):
-        lengths[call["qid"]].append(call["reasoning_tokens"])
-        ends[call["finish"] == "length"].append(max(1, call["reasoning_tokens"]))
-    groups = _by_length(cell, first, lengths)
+    calls = DataFrame(store.read_trace(cell.folder))
+    groups = _by_length(cell, first, calls.groupby("qid")["reasoning_tokens"].mean())
     with _figure(7.2, 2.6) as figure:
         left, right = figure.subplots(1, 2)
-        table: list[tuple[Any, ...]] = [
-            ("part", "from", "to", "calls", "cut_off", "gain", "low", "high")
-        ]
-        table += [("calls", *line, None, None, None) for line in _histogram(left, ends)]
-        table += [("queries", low, high, None, None, *gain) for low, high, *gain in groups]
+        rows = [("calls", *line, None, None, None) for line in _histogram(left, calls)]
+        rows += [("queries", low, high, None, None, *gain) for low, high, *gain in groups]
+        columns = ["part", "from", "to", "calls", "cut_off", "gain", "low", "high"]
         _gains(right, groups)
         figure.suptitle(fill(plain(f"{cell.model}, {short(cell)} ({block_of(cell)})"), 95), size=9)
-        return _save(figure, out / f"reasoning_{_place(cell)}_{_file(cell.model)}", table)
+        name = f"reasoning_{_place(cell)}_{_file(cell.model)}"
+        return _save(figure, out / name, DataFrame(rows, columns=columns))
 
 
-def _by_length(
-    cell: CellResult, first: CellResult, lengths: Mapping[str, Sequence[float]]
-) -> list[tuple[float, ...]]:
+def _by_length(cell: CellResult, first: CellResult, lengths: Any) -> list[tuple[float, ...]]:
     """Of every group of queries: shortest, longest, mean gain x 100 and its interval."""
     import numpy as np
 
-    ours, theirs = align(cell, first, MEASURE)
-    pairs = zip(by_query(cell, MEASURE), ours, theirs, strict=True)
-    known = sorted((fmean(lengths[q]), 100 * (a - b)) for q, a, b in pairs if q in lengths)
+    pairs = zip(by_query(cell, MEASURE), *align([cell, first], MEASURE), strict=True)
+    known = sorted((lengths[qid], 100 * (a - b)) for qid, a, b in pairs if qid in lengths)
     groups = []
     for some in np.array_split(known, min(10, max(1, len(known) // 8))) if known else ():
         interval = bootstrap_interval(list(some[:, 1]))
@@ -353,14 +368,14 @@ def _by_length(
     return groups
 
 
-def _histogram(axes: Any, ends: Mapping[bool, Sequence[float]]) -> list[tuple[float, ...]]:
+def _histogram(axes: Any, calls: Any) -> list[tuple[float, ...]]:
     """Bars of calls by length, those that the token limit cut off on top; returns their values."""
     import numpy as np
 
-    both = [*ends[False], *ends[True]]
-    edges = np.geomspace(min(both), max(max(both), min(both) + 1), 25)
+    tokens, cut = calls["reasoning_tokens"].clip(lower=1), calls["finish"] == "length"
+    edges = np.geomspace(tokens.min(), max(tokens.max(), tokens.min() + 1), 25)
     looks = {"color": COLOURS[:2], "label": ("ended by itself", "cut off"), "lw": 0.4}
-    counts, *_ = axes.hist([ends[False], ends[True]], edges, stacked=True, ec="white", **looks)
+    counts, *_ = axes.hist([tokens[~cut], tokens[cut]], edges, stacked=True, ec="white", **looks)
     axes.set(xscale="log", xlabel="reasoning tokens of a call", ylabel="calls")
     axes.xaxis.set_major_formatter("{x:,.6g}")
     axes.legend(frameon=False)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from operator import itemgetter, sub
+from operator import itemgetter
 from string import ascii_lowercase
 from typing import Annotated, Any, Literal
 
@@ -67,9 +67,9 @@ def columns_of(
     columns: dict[Column, tuple[str, ...]] = {}
     for suite, heads in suites.items():
         group = suite if len(suites) > 1 else ""
-        columns |= {Column(name, head, group, "high"): (name,) for name, head in heads.items()}
+        columns |= {Column(name, head, group): (name,) for name, head in heads.items()}
         if names := tuple(averages.get(suite, ())):
-            columns[Column(AVERAGE + suite, f"avg. of {len(names)}", group, "high")] = names
+            columns[Column(AVERAGE + suite, f"avg. of {len(names)}", group)] = names
     return columns
 
 
@@ -123,27 +123,25 @@ class Sheet:
             if (found := self.at(line, c))
         }
 
-    def rivals(self, column: Column, also: str = "") -> Iterator[list[Line]]:
-        """The models of every block that compete in a column; of the baselines only `also`."""
-        for _, block in groupby(self.frame.lines, itemgetter(0)):
-            found = [(line, self.complete(line, column)) for line in block]
-            yield [
-                line
-                for line, cells in found
-                if cells and (line[1] == also or not tables.is_sanity(cells[0]))
-            ]
+    def rivals(self, also: str = "") -> Iterator[tuple[Column, list[Line]]]:
+        """The models of every column and block that compete; of the baselines only `also`."""
+        apart = {c.model for c in self.grid.values() if tables.is_sanity(c)} - {also}
+        for column in self.frame.columns:
+            for _, block in groupby(self.frame.lines, itemgetter(0)):
+                rivals = (line for line in block if line[1] not in apart)
+                yield column, [line for line in rivals if self.complete(line, column)]
 
     def field(self, lines: Sequence[Line], column: Column) -> stats.Field:
         """Values as stats takes them; empty for one line, or where queries differ."""
         with contextlib.suppress(DataError):  # _mixed says so
             places = list(zip(*(self.complete(line, column) for line in lines)))
-            return [stats.align_all(cells, MEASURE) for cells in places if len(lines) > 1]
+            return [stats.align(cells, MEASURE) for cells in places if len(lines) > 1]
         return []
 
 
 def sheet_of(cells: Iterable[CellResult], layout: Layout, frame: Frame | None = None) -> Sheet:
     """What a report may show of these cells, in a frame or in one made of them."""
-    used = [cell for cell in tables.shown(cells) if not tables.is_latency(cell)]
+    used = tables.ranked(cells)
     grid = {(block_of(cell), cell.model, cell.dataset): cell for cell in used}
     return Sheet(frame or frame_of(used), layout, grid)
 
@@ -179,24 +177,22 @@ def _rows(
         printed = value(numbers.get(key), sheet.layout.digits, note=note)
         return replace(printed, mark=marks.get(key, ""))
 
+    labels = {
+        line: f"({names[line]}) {line[1]}" if names else line[1] for line in sheet.frame.lines
+    }
     return [
-        Row(
-            f"({names[line]}) {line[1]}" if names else line[1],
-            line[0],
-            tuple(at((*line, column.key)) for column in columns),
-        )
-        for line in sheet.frame.lines
+        Row(label, line[0], tuple(at((*line, column.key)) for column in columns))
+        for line, label in labels.items()
     ]
 
 
 def _marks(sheet: Sheet) -> dict[Key, tables.Mark]:
     """Best and second of every block and column, before rounding; ties share the mark."""
     marks: dict[Key, tables.Mark] = {}
-    for column in sheet.frame.columns:
-        for lines in sheet.rivals(column):
-            race = {(*line, column.key): sheet.numbers[*line, column.key] for line in lines}
-            places = tables.podium(race) if len(race) > 1 else {}
-            marks |= {key: tables.MARKS[place] for key, place in places.items()}
+    for column, lines in sheet.rivals():
+        race = {(*line, column.key): sheet.numbers[*line, column.key] for line in lines}
+        places = tables.podium(race) if len(race) > 1 else {}
+        marks |= {key: tables.MARKS[place] for key, place in places.items()}
     return marks
 
 
@@ -209,12 +205,12 @@ def _tests(sheet: Sheet) -> Tests:
     """Every complete number beside the baseline of its block and column: the family tested."""
     tests: dict[Key, list[stats.Pair]] = {}
     baseline = sheet.layout.baseline
-    for column in sheet.frame.columns:
-        for line in (line for lines in sheet.rivals(column) for line in lines):
+    for column, lines in sheet.rivals():
+        for line in lines:
             base = sheet.complete((line[0], baseline), column) if line[1] != baseline else []
             with contextlib.suppress(DataError):  # other queries: _mixed says so
                 pairs = zip(sheet.at(line, column), base)
-                if found := [stats.align(*pair, MEASURE) for pair in pairs]:
+                if found := [stats.align(pair, MEASURE) for pair in pairs]:
                     tests[*line, column.key] = [*found]
     return tests
 
@@ -237,23 +233,21 @@ def _names(sheet: Sheet) -> dict[Line, str]:
 def _letters(sheet: Sheet, names: Mapping[Line, str]) -> dict[Key, str]:
     """The names of the rows that a number is better than, the baseline's included."""
     found, numbers = {}, sheet.numbers
-    for column in sheet.frame.columns:
-        for lines in sheet.rivals(column, sheet.layout.baseline):
-            field = sheet.field(lines, column)
-            for line, p_values in zip(lines, stats.tukey(field) if field else ()):
-                sure = [other for other, p in zip(lines, p_values) if p < ALPHA]
-                ours = numbers[*line, column.key]
-                worse = [names[o] for o in sure if numbers[*o, column.key] < ours]
-                found[*line, column.key] = "".join(worse)
+    for column, lines in sheet.rivals(sheet.layout.baseline):
+        field = sheet.field(lines, column)
+        for line, p_values in zip(lines, stats.tukey(field) if field else ()):
+            sure = [other for other, p in zip(lines, p_values) if p < ALPHA]
+            ours = numbers[*line, column.key]
+            worse = [names[o] for o in sure if numbers[*o, column.key] < ours]
+            found[*line, column.key] = "".join(worse)
     return found
 
 
 def _ranks(sheet: Sheet) -> dict[Key, str]:
     """Of every average, and of a dataset that stands alone, among the models of a block."""
-    columns, found = list(sheet.frame.columns), {}
-    for column in columns:
-        alone = [other.group for other in columns].count(column.group) == 1
-        for lines in sheet.rivals(column) if alone or column.key.startswith(AVERAGE) else ():
+    found, groups = {}, Counter(column.group for column in sheet.frame.columns)
+    for column, lines in sheet.rivals():
+        if groups[column.group] == 1 or column.key.startswith(AVERAGE):
             field = sheet.field(lines, column)
             for line, ranks in zip(lines, stats.rank_groups(field, ALPHA) if field else ()):
                 found[*line, RANK + column.key] = ranks
@@ -284,7 +278,8 @@ COMPARED_NOTES = (
 def comparison(cells: Sequence[CellResult], *, layout: Layout = USUAL) -> Table:
     """Every model against the baseline, paired by query: one block for dataset and first stage."""
     sheet = sheet_of(cells, layout)
-    found = {key: stats.stratified(pairs) for key, pairs in _tests(sheet).items()}
+    tests = _tests(sheet)
+    found = dict(zip(tests, stats.paired(list(tests.values()))))
     adjusted = stats.CORRECTIONS[layout.correction]([pair.fisher_p for pair in found.values()])
     rows = [
         Row(key[1], f"{key[2]}, {key[0]}", tuple(_compared(sheet, key, pair, p)))
@@ -376,11 +371,14 @@ def _mixed(cells: Sequence[CellResult]) -> list[str]:
 
 def _power(sheet: Sheet, tests: Tests) -> Iterator[str]:
     """What the tests could have seen: the median of a column's minimal differences."""
+    import numpy as np
+
     least: dict[str, list[float]] = defaultdict(list)
     for (_, _, column), pairs in tests.items():
-        if len(pairs) == 1 and len(pairs[0][0]) > 1:
-            spread = sheet.layout.scale * statistics.stdev(map(sub, *pairs[0]))
-            least[column].append(stats.minimal_detectable(spread, len(pairs[0][0])))
+        a, b = pairs[0]
+        if len(pairs) == 1 and len(a) > 1:
+            spread = sheet.layout.scale * float(np.std(np.subtract(a, b), ddof=1))
+            least[column].append(stats.minimal_detectable(spread, len(a)))
     known = [
         (c.head, statistics.median(least[c.key])) for c in sheet.frame.columns if c.key in least
     ]

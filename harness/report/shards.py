@@ -78,23 +78,21 @@ def _shards(
 ) -> Iterator[tuple[str, Content]]:
     """Every data file as (name, content)."""
     for cell in cells:
-        parts, asked = _Parts(cell_name(cell)), {}
+        name, where, asked = cell_name(cell), dict[str, int](), {}
         if _may_show([cell], with_text):
             asked = dict(_asked(cell, texts.get(cell.dataset, {})))
         calls = _calls(cell.folder).items()
-        yield from parts.cut((q, {"calls": found, **asked.get(q, {})}) for q, found in calls)
-        columns = list(cell.per_query[0]) if cell.per_query else []
-        yield (
-            parts.name,
-            {
-                "record": cell.record,
-                "columns": columns,
-                "rows": [[row[name] for name in columns] for row in cell.per_query],
-                "run": _run(cell.folder / "run.trec"),
-                "calls": CALL,
-                "parts": parts.where,
-            },
-        )
+        by_query = ((q, {"calls": found, **asked.get(q, {})}) for q, found in calls)
+        yield from _cut(name, by_query, where)
+        content = {
+            "record": cell.record,
+            "columns": list(cell.per_query[0]) if cell.per_query else [],
+            "rows": [list(row.values()) for row in cell.per_query],
+            "run": _run(cell.folder / "run.trec"),
+            "calls": CALL,
+            "parts": where,
+        }
+        yield name, content
     for label in sorted({c.dataset for c in cells} & set(texts)):
         yield from _dataset(label, [c for c in cells if c.dataset == label], texts, with_text)
 
@@ -128,20 +126,15 @@ def _dataset(
     label: str, cells: Sequence[CellResult], texts: Texts, with_text: bool
 ) -> Iterator[tuple[str, Content]]:
     """Queries and grades of one dataset, and the passages of its candidates where they may go."""
-    ranked, parts = _candidates(cells), _Parts(dataset_name(label))
+    name, where, ranked = dataset_name(label), dict[str, int](), _candidates(cells)
     have = {qid: texts[label][qid] for qid in ranked if qid in texts[label]}
     if _may_show(cells, with_text):
         passages = {q: {c.docid: [c.title, c.text] for c in have[q].candidates} for q in have}
         shown = ((qid, _only(found, ranked[qid])) for qid, found in passages.items())
-        yield from parts.cut((qid, found) for qid, found in shown if found)
-    yield (
-        parts.name,
-        {
-            "queries": {qid: query.text for qid, query in have.items()},
-            "grades": {qid: _only(query.judgements, ranked[qid]) for qid, query in have.items()},
-            "parts": parts.where,
-        },
-    )
+        yield from _cut(name, ((qid, found) for qid, found in shown if found), where)
+    grades = {qid: _only(query.judgements, ranked[qid]) for qid, query in have.items()}
+    queries = {qid: query.text for qid, query in have.items()}
+    yield name, {"queries": queries, "grades": grades, "parts": where}
 
 
 def _only(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -157,24 +150,20 @@ def _candidates(cells: Sequence[CellResult]) -> dict[str, list[str]]:
     return {qid: sorted(docids) for qid, docids in found.items()}
 
 
-class _Parts:
-    """Splits what belongs to queries into numbered files and remembers which query is where."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.where: dict[str, int] = {}
-
-    def cut(self, items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Content]]:
-        content: dict[str, Any] = {}
-        size = number = 0
-        for qid, value in items:
-            size += len(script_json(value))
-            content[qid], self.where[qid] = value, number
-            if size > PART:
-                yield f"{self.name}-{number}", content
-                content, size, number = {}, 0, number + 1
-        if content:
-            yield f"{self.name}-{number}", content
+def _cut(
+    name: str, items: Iterable[tuple[str, Any]], where: dict[str, int]
+) -> Iterator[tuple[str, Content]]:
+    """Numbered files of what belongs to queries; notes in `where` which query is in which."""
+    content: dict[str, Any] = {}
+    size = number = 0
+    for qid, value in items:
+        size += len(script_json(value))
+        content[qid], where[qid] = value, number
+        if size > PART:
+            yield f"{name}-{number}", content
+            content, size, number = {}, 0, number + 1
+    if content:
+        yield f"{name}-{number}", content
 
 
 def _calls(folder: Path) -> dict[str, list[list[Any]]]:

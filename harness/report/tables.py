@@ -25,7 +25,6 @@ SIGNS = {
 }
 Mark = Literal["", "best", "second"]
 MARKS: tuple[Mark, ...] = ("", "best", "second")
-Better = Literal["", "high", "low"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,6 @@ class Column:
     key: str
     head: str
     group: str = ""
-    better: Better = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +141,11 @@ def shown(cells: Iterable[CellResult]) -> list[CellResult]:
     return ordered(cell for cell in cells if not is_fake(cell))
 
 
+def ranked(cells: Iterable[CellResult]) -> list[CellResult]:
+    """What may be compared by quality: no latency runs."""
+    return [cell for cell in shown(cells) if not is_latency(cell)]
+
+
 def ordered(cells: Iterable[CellResult]) -> list[CellResult]:
     """By block: first stage, other baselines, models as given, oracle."""
     given = list(cells)
@@ -185,8 +188,9 @@ def podium(numbers: Mapping[Any, float]) -> dict[Any, int]:
 
 def left_out(cells: Sequence[CellResult], used: Sequence[CellResult]) -> Iterator[tuple[str, str]]:
     """Why finished cells are not in a table: the reason, and the model."""
+    kept = set(map(id, used))
     for cell in cells:
-        if cell not in used and cell.record["state"] != "failed":
+        if id(cell) not in kept and cell.record["state"] != "failed":
             why = "answered by the fake engine" if is_fake(cell) else "a latency run"
             yield f"Left out, {why}", cell.model
 
@@ -201,17 +205,15 @@ def told(warnings: Iterable[tuple[str, str]]) -> list[str]:
 
 # --- efficiency and summary -------------------------------------------------------------------
 
-COLUMNS: dict[str, tuple[str, int, Better]] = {  # head, digits; a key that is not here is a measure
-    "gain": ("gain", 4, "high"), "calls": ("calls/q", 1, "low"), "rounds": ("rounds/q", 1, "low"),
-    "prompt_tokens": ("tokens in/q", 0, "low"), "generated_tokens": ("tokens out/q", 0, "low"),
-    "seconds": ("s/q", 2, "low"), "queries_per_second": ("queries/s", 3, "high"),
-    "gain_share": ("% of gain", 1, "high"), "unparsable": ("unparsed %", 1, "low"),
-    "cut_off": ("cut off %", 1, "low"), "no_op": ("no-op %", 1, ""), "kendall_tau": ("tau", 2, ""),
-    "latency_median": ("median s", 2, "low"), "latency_p90": ("p90 s", 2, "low"),
-    "latency_p99": ("p99 s", 2, "low"), "tflop": ("TFLOP/q", 2, "low"), "rpp": ("RPP", 2, "high"),
-    "qpp": ("QPP", 2, "high"), "energy_joules": ("J/q", 1, "low"),
-    "gpu_memory_gib": ("GPU GiB", 1, "low"), "money": ("price/1k q", 3, "low"),
-    "faults": ("faults", 0, "low"),
+COLUMNS = {  # head, digits; a key that is not here is a measure
+    "gain": ("gain", 4), "calls": ("calls/q", 1), "rounds": ("rounds/q", 1),
+    "prompt_tokens": ("tokens in/q", 0), "generated_tokens": ("tokens out/q", 0),
+    "seconds": ("s/q", 2), "queries_per_second": ("queries/s", 3), "gain_share": ("% of gain", 1),
+    "unparsable": ("unparsed %", 1), "cut_off": ("cut off %", 1), "no_op": ("no-op %", 1),
+    "kendall_tau": ("tau", 2), "latency_median": ("median s", 2), "latency_p90": ("p90 s", 2),
+    "latency_p99": ("p99 s", 2), "tflop": ("TFLOP/q", 2), "rpp": ("RPP", 2), "qpp": ("QPP", 2),
+    "energy_joules": ("J/q", 1), "gpu_memory_gib": ("GPU GiB", 1), "money": ("price/1k q", 3),
+    "faults": ("faults", 0),
 }  # fmt: skip
 COSTS = ("calls", "rounds", "prompt_tokens", "generated_tokens", "seconds")
 FAULTS = ("unparsable", "cut_off")
@@ -254,7 +256,7 @@ def efficiency(
     models = [row for row in _per_cell(used, keys, price) if row.label not in baselines]
     explained = [text for key, text in WHERE_KNOWN.items() if text and key in keys]
     notes = (*EXPLAINED, *explained, *told(left_out(cells, used)))
-    return Table("Efficiency", tuple(map(_column, keys)), tuple(models), notes)
+    return Table("Efficiency", _heads(keys), tuple(models), notes)
 
 
 def summary(cells: Sequence[CellResult]) -> Table:
@@ -264,12 +266,11 @@ def summary(cells: Sequence[CellResult]) -> Table:
     timed = ("latency_median", "latency_p90") * any(map(is_latency, used))
     keys = (MEASURE if MEASURE in names or not names else names[0], *SUMMARY, *timed)
     notes = (f"{FAKE} {SIGNS[FAKE]}",) * any(map(is_fake, used))
-    return Table("Summary", tuple(map(_column, keys)), tuple(_per_cell(used, keys)), notes)
+    return Table("Summary", _heads(keys), tuple(_per_cell(used, keys)), notes)
 
 
-def _column(key: str) -> Column:
-    head, _, better = COLUMNS.get(key, (key, 4, "" if "." in key else "high"))
-    return Column(key, head, "", better)
+def _heads(keys: Iterable[str]) -> tuple[Column, ...]:
+    return tuple(Column(key, COLUMNS.get(key, (key,))[0]) for key in keys)
 
 
 def _per_cell(
@@ -288,7 +289,7 @@ def _per_cell(
         if place in best and ours is not None and most and most > 0:
             numbers["gain_share"] = 100 * ours / most
         line = [
-            value(numbers.get(key), COLUMNS.get(key, ("", 4))[1], signed=key == "gain")
+            value(numbers.get(key), COLUMNS.get(key, (key, 4))[1], signed=key == "gain")
             for key in keys
         ]
         line[0] = replace(line[0], note=FAKE * is_fake(cell))

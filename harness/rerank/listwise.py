@@ -63,14 +63,9 @@ def window_bounds(
     clamped: the last window starts at 0, so that every document is shown (rank_llm, ReasonRank).
     A single document needs no window.
     """
-    start, end = count - size, count
-    if kind == "rearank":
-        while start >= 0:
-            yield start, end
-            start, end = start - stride, end - stride
-        return
-    while end > 1:
-        yield max(start, 0), end
+    for end in range(count, 1, -stride):
+        start = end - size
+        if start >= 0 or kind == "clamped":
+            yield max(start, 0), end
         if start <= 0:
             return
-        start, end = start - stride, end - stride

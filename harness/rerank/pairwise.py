@@ -6,12 +6,12 @@ Each pair is asked in both orders; a verdict counts as a win only if both agree.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge
 
 from harness.prompts import Prompt
-from harness.rerank.setwise import Asking, levels, together, top_then_rest
+from harness.rerank.setwise import Asking, heap_order, top_then_rest
 from harness.types import Flow, Parsed, Query
 
 
@@ -32,11 +32,17 @@ class Duel:
         ]
         parsed = [self.prompt.parse(answer, 2) for answer in answers]
         self.log += [replace(p, changed=p.order == (1,)) for p in parsed]
-        return [
-            1.0 if (ab.order, ba.order) == ((0,), (1,)) else
-            0.0 if (ab.order, ba.order) == ((1,), (0,)) else 0.5
-            for ab, ba in zip(parsed[::2], parsed[1::2], strict=True)
-        ]  # fmt: skip
+        orders = [p.order for p in parsed]
+        agreed: dict[Any, float] = {((0,), (1,)): 1.0, ((1,), (0,)): 0.0}
+        return [agreed.get(both, 0.5) for both in zip(orders[::2], orders[1::2], strict=True)]
+
+    def best(self, group: list[int]) -> Asking[int]:
+        """The position of who leads at the end; winning both orders takes the lead."""
+        best = 0
+        for i in range(1, len(group)):
+            [won] = yield from self.wins([(group[i], group[best])])
+            best = i if won == 1.0 else best
+        return best
 
 
 def allpairs(query: Query, prompt: Prompt, *, k: Annotated[int, Ge(1)] | None = None) -> Flow:
@@ -58,24 +64,5 @@ def allpairs(query: Query, prompt: Prompt, *, k: Annotated[int, Ge(1)] | None = 
 def heapsort(query: Query, prompt: Prompt, *, k: Annotated[int, Ge(1)] = 10) -> Flow:
     """A binary heap over duels; a child rises only when it wins both orders."""
     duel = Duel(query, prompt)
-    heap = list(range(len(query.candidates)))
-    for level in levels(len(heap), 2):
-        yield from together([_sift(duel, heap, len(heap), i) for i in level])
-    for ranked, last in enumerate(range(len(heap) - 1, 0, -1), 1):
-        heap[0], heap[last] = heap[last], heap[0]
-        if ranked == k:
-            break
-        yield from _sift(duel, heap, last, 0)
-    return query.ranking(top_then_rest(heap[::-1], k), duel.log)
-
-
-def _sift(duel: Duel, heap: list[int], size: int, node: int) -> Asking[None]:
-    while 2 * node + 1 < size:
-        best = node
-        for child in range(2 * node + 1, min(2 * node + 3, size)):
-            [won] = yield from duel.wins([(heap[child], heap[best])])
-            best = child if won == 1.0 else best
-        if best == node:
-            return
-        heap[node], heap[best] = heap[best], heap[node]
-        node = best
+    order = yield from heap_order(len(query.candidates), 2, k, duel.best)
+    return query.ranking(order, duel.log)

@@ -28,11 +28,9 @@ def reason_then_score(query: Query, prompt: Prompt) -> Flow:
     answers = (yield requests) if requests else []
     parsed = [prompt.parse(answer, 1) for answer in answers]
     unread = [i for i, p in enumerate(parsed) if p.score is None and not p.order]
-    retried: list[Parsed] = []
-    if unread:
-        second = yield [_closed(requests[i], answers[i].text) for i in unread]
-        again = [prompt.parse(answer, 1) for answer in second]
-        retried = [replace(p, faults=(*p.faults, Fault.RETRIED)) for p in again]
+    second = (yield [_closed(requests[i], answers[i].text) for i in unread]) if unread else []
+    again = [prompt.parse(answer, 1) for answer in second]
+    retried = [replace(p, faults=(*p.faults, Fault.RETRIED)) for p in again]
     final = list(parsed)
     for i, p in zip(unread, retried, strict=True):
         final[i] = p if p.score is not None else replace(p, score=0.0)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Generator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge
 
 from harness.prompts import Prompt
-from harness.types import DEFAULT_SEED, Candidate, Completion, Fault, Flow, Parsed, Query, Request
+from harness.types import DEFAULT_SEED, Completion, Fault, Flow, Parsed, Query, Request
 
 T = TypeVar("T")
 Asking = Generator[list[Request], list[Completion], T]
@@ -37,41 +38,30 @@ class Judge:
     log: list[Parsed] = field(default_factory=list)
     asked: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
-    def best(self, sets: list[list[int]]) -> Asking[list[int]]:
-        """For each set of candidate numbers, the position in the set of the one that wins."""
-        times = self.permutations
-        winners = yield from self._vote([group for group in sets for _ in range(times)])
-        if times > 1:
-            cast = [winners[i : i + times] for i in range(0, len(winners), times)]
-            winners = [self._majority(votes, group) for votes, group in zip(cast, sets)]
-        again = [i for i, w in enumerate(winners) if w is None] if self._retries else []
-        if again:
-            retried = yield from self._vote([sets[i] for i in again], retry=True)
-            for i, vote in zip(again, retried, strict=True):
-                winners[i] = vote
-        return [self._fallback(s) if w is None else w for s, w in zip(sets, winners, strict=True)]
+    def best(self, group: list[int]) -> Asking[int]:
+        """The position, in a set of candidate numbers, of the one that wins."""
+        winner = self._majority((yield from self._votes(group, self.permutations)), group)
+        if winner is None and self.on_unparsable == "retry":
+            [winner] = yield from self._votes(group, 1, Fault.RETRIED)
+        return self._fallback(group) if winner is None else winner
 
-    @property
-    def _retries(self) -> bool:
-        return self.on_unparsable == "retry"
-
-    def _vote(self, sets: list[list[int]], retry: bool = False) -> Asking[list[int | None]]:
-        shown = [self._order(group) for group in sets]
-        answers = yield [self.prompt.render(self.query, self._candidates(s)) for s in shown]
-        out: list[int | None] = []
-        for group, order, answer in zip(sets, shown, answers, strict=True):
-            parsed = self.prompt.parse(answer, len(order))
-            winner = group.index(order[parsed.order[0]]) if parsed.order else None
-            if retry:
-                parsed = replace(parsed, faults=(*parsed.faults, Fault.RETRIED))
-            self.log.append(Parsed(parsed.order, parsed.faults, parsed.score, bool(winner)))
-            out.append(winner)
-        return out
+    def _votes(self, group: list[int], count: int, *remarks: Fault) -> Asking[list[int | None]]:
+        candidates, shown = self.query.candidates, [self._order(group) for _ in range(count)]
+        answers = yield [self.prompt.render(self.query, [candidates[i] for i in s]) for s in shown]
+        votes: list[int | None] = []
+        for order, answer in zip(shown, answers, strict=True):
+            read = self.prompt.parse(answer, len(order))
+            vote = group.index(order[read.order[0]]) if read.order else None
+            if remarks or read.changed != bool(vote):
+                read = Parsed(read.order, read.faults + remarks, read.score, bool(vote))
+            self.log.append(read)
+            votes.append(vote)
+        return votes
 
     def _order(self, group: list[int]) -> list[int]:
         """The set in the order shown: shuffled by (seed, dataset, qid, documents, occurrence)."""
         if not self.shuffle:
-            return list(group)
+            return group
         members = tuple(sorted(group))
         occurrence = self.asked[members]
         self.asked[members] += 1
@@ -79,13 +69,10 @@ class Judge:
         rng = Random(f"{self.seed}:{self.query.dataset}:{self.query.qid}:{docids}:{occurrence}")
         return rng.sample(list(members), len(members))
 
-    def _candidates(self, order: list[int]) -> list[Candidate]:
-        return [self.query.candidates[i] for i in order]
-
     def _majority(self, votes: list[int | None], group: list[int]) -> int | None:
         """The position with most votes; a tie goes to the better first-stage document."""
-        counts = Counter(v for v in votes if v is not None)
-        return max(counts, key=lambda v: (counts[v], -group[v]), default=None)
+        cast = [vote for vote in votes if vote is not None]
+        return max(cast, key=lambda vote: (cast.count(vote), -group[vote]), default=None)
 
     def _fallback(self, group: list[int]) -> int:
         """root: the published rule. Otherwise the best first-stage document of the set: during
@@ -106,27 +93,36 @@ def heapsort(
 ) -> Flow:
     """Heap sort with num_child + 1 documents a call; the first k ranks are exact."""
     judge = Judge(query, prompt, seed, shuffle, permutations, on_unparsable)
-    heap = list(range(len(query.candidates)))
-    for level in levels(len(heap), num_child):
-        yield from together([sift(judge, heap, len(heap), i, num_child) for i in level])
-    for ranked, last in enumerate(range(len(heap) - 1, 0, -1), 1):
+    order = yield from heap_order(len(query.candidates), num_child, k, judge.best)
+    return query.ranking(order, judge.log)
+
+
+def heap_order(
+    count: int, children: int, k: int, best: Callable[[list[int]], Asking[int]]
+) -> Asking[list[int]]:
+    """The first k of a heap whose parents are compared with their children by `best`."""
+    heap = list(range(count))
+    for level in levels(count, children):
+        yield from together([_sift(heap, count, node, children, best) for node in level])
+    for ranked, last in enumerate(range(count - 1, 0, -1), 1):
         heap[0], heap[last] = heap[last], heap[0]
         if ranked == k:
             break
-        yield from sift(judge, heap, last, 0, num_child)
-    return query.ranking(top_then_rest(heap[::-1], k), judge.log)
+        yield from _sift(heap, last, 0, children, best)
+    return top_then_rest(heap[::-1], k)
 
 
-def sift(judge: Judge, heap: list[int], size: int, node: int, children: int) -> Asking[None]:
+def _sift(
+    heap: list[int], size: int, node: int, children: int, best: Callable[[list[int]], Asking[int]]
+) -> Asking[None]:
     """Let node's document sink until it beats its children; a leaf asks nothing."""
-    while children * node + 1 < size:
-        places = [node, *range(children * node + 1, min(children * (node + 1) + 1, size))]
-        [winner] = yield from judge.best([[heap[p] for p in places]])
-        if winner == 0:
+    while (first := children * node + 1) < size:
+        places = [node, *range(first, min(first + children, size))]
+        winner = places[(yield from best([heap[p] for p in places]))]
+        if winner == node:
             return
-        best = places[winner]
-        heap[node], heap[best] = heap[best], heap[node]
-        node = best
+        heap[node], heap[winner] = heap[winner], heap[node]
+        node = winner
 
 
 def levels(count: int, children: int) -> list[list[int]]:
@@ -141,25 +137,20 @@ def levels(count: int, children: int) -> list[list[int]]:
 
 def together(askings: list[Asking[None]]) -> Asking[None]:
     """Run independent askings side by side: each round's requests go out in one yield."""
-    waiting: list[tuple[Asking[None], list[Request]]] = []
-    for asking in askings:
-        with contextlib.suppress(StopIteration):
-            waiting.append((asking, next(asking)))
-    while waiting:
-        answers = yield [request for _, requests in waiting for request in requests]
-        start, still = 0, []
-        for asking, requests in waiting:
-            end = start + len(requests)
+    answered: list[tuple[Asking[None], Any]] = [(asking, None) for asking in askings]
+    while answered:
+        waiting = []
+        for asking, own in answered:
             with contextlib.suppress(StopIteration):
-                still.append((asking, asking.send(answers[start:end])))
-            start = end
-        waiting = still
+                waiting.append((asking, asking.send(own)))
+        rest = iter((yield [r for _, requests in waiting for r in requests]) if waiting else ())
+        answered = [(asking, list(islice(rest, len(requests)))) for asking, requests in waiting]
 
 
 def top_then_rest(order: list[int], k: int) -> list[int]:
     """The first k of the sort, then everything else in first-stage order."""
     top = order[:k]
-    return top + [i for i in range(len(order)) if i not in set(top)]
+    return top + sorted(order[k:])
 
 
 def bubblesort(
@@ -185,7 +176,7 @@ def bubblesort(
         while True:
             start = max(start, rank)
             window = order[start:end]
-            [winner] = (yield from judge.best([window])) if len(window) > 1 else [0]
+            winner = (yield from judge.best(window)) if len(window) > 1 else 0
             if winner != 0:
                 order[start], order[start + winner] = order[start + winner], order[start]
                 if not changed:

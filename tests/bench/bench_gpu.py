@@ -13,12 +13,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+from bench_hf import forced
 from conftest import gate
 
 from harness import env, schedule
@@ -91,19 +91,6 @@ def flows(queries: list[Query], length: int) -> Iterator[tuple[str, Flow]]:
     prompt = Registry().prompts["rank-r1"]
     for query in queries:
         yield query.qid, forced(setwise.heapsort(query, prompt, num_child=19, k=10), length)
-
-
-def forced(flow: Flow, length: int) -> Flow:
-    """The flow with every answer made just `length` tokens long; unreadable, so it sorts alike."""
-    answers: Any = None
-    while True:
-        try:
-            requests = flow.send(answers)
-        except StopIteration as stop:
-            return stop.value
-        answers = yield [
-            replace(r, exact_length_of="0" * length, max_tokens=0, stop=()) for r in requests
-        ]
 
 
 def took(engine: Engine, queries: list[Query], length: int, concurrency: int) -> tuple[float, int]:

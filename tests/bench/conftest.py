@@ -60,10 +60,10 @@ def thousand_units() -> None:
         sha256(TEN_KB).digest()
 
 
-def interleaved(a: Callable[[], Any], b: Callable[[], Any], rounds: int = 9) -> tuple[float, float]:
+def interleaved(*works: Callable[[], Any], rounds: int = 25) -> tuple[float, ...]:
     """The least seconds of each, their rounds A, B, A, B in this process."""
-    pairs = [(seconds(a), seconds(b)) for _ in range(rounds)]
-    return min(x for x, _ in pairs), min(y for _, y in pairs)
+    taken = [[seconds(work) for work in works] for _ in range(rounds)]
+    return tuple(map(min, zip(*taken)))
 
 
 @pytest.fixture
