@@ -27,7 +27,7 @@ from harness import cell as cells
 from harness import cluster, matrix
 from harness.cache import Cache
 from harness.cluster.driver import bare
-from harness.cluster.worker import Assignment, News, Worker
+from harness.cluster.worker import Assignment, Family, News, Worker
 from harness.data import load
 from harness.engines import vllm_local
 from harness.specs import Registry, folder_dataset
@@ -356,12 +356,13 @@ def a_job(folder: Path) -> cells.Job:
     return cells.resolve(place, registry.prompt(spec.prompt), load(dataset))
 
 
-def an_assignment(job: cells.Job, **fields: Any) -> Assignment:
+def given(worker: Worker, job: cells.Job, *, family: str = "a", **fields: Any) -> None:
+    """Give a worker all queries of a job; `fields` are the Assignment's, or "stated"."""
     engine = matrix.open_for(job, Serving())
     assert engine is not None
-    stated = {0: dict(engine.fingerprint)}
-    plain: dict[str, Any] = {"ticket": 1, "group": "a", "stated": stated, "known": {}}
-    return Assignment(**{**plain, "family": {0: bare(job)}, "queries": {0: job.queries}} | fields)
+    stated = fields.pop("stated", dict(engine.fingerprint))
+    plain: dict[str, Any] = {"ticket": 1, "queries": {0: job.queries}, "known": {}}
+    worker.take(Assignment(**{**plain, **fields}), Family(family, {0: bare(job)}, {0: stated}))
 
 
 def heard(worker: Worker, outcomes: int) -> News:
@@ -377,40 +378,40 @@ def heard(worker: Worker, outcomes: int) -> News:
 
 def test_answers_are_told_before_the_outcomes_that_stand_on_them(tmp_path: Path) -> None:
     job, worker = a_job(tmp_path), Worker(Serving())
-    worker.take(an_assignment(job))
+    given(worker, job)
     told: set[str] = set()
     left = QUERIES
     while left:
         news = worker.poll()
         told |= {key.hex() for key, _ in news.answers}
-        for _, _, outcome, _ in news.outcomes:
+        for finished in news.outcomes:
+            outcome, _ = finished.opened
             left -= 1
             assert {call.key for call in outcome.calls} <= told
 
 
 def test_what_the_driver_knows_is_not_asked(tmp_path: Path) -> None:
     job, worker = a_job(tmp_path), Worker(Serving())
-    worker.take(an_assignment(job))
+    given(worker, job)
     first = heard(worker, QUERIES)
-    worker.take(an_assignment(job, ticket=2, group="b", known=dict(first.answers)))
+    given(worker, job, ticket=2, family="b", known=dict(first.answers))
     second = heard(worker, QUERIES)
     assert second.answers == []
-    assert {o.qid: o.ranking for _, _, o, _ in second.outcomes} == {
-        o.qid: o.ranking for _, _, o, _ in first.outcomes
-    }
-    assert all(call.from_cache for _, _, o, _ in second.outcomes for call in o.calls)
+    before, after = ({o.qid: o.opened[0] for o in n.outcomes} for n in (first, second))
+    assert {q: o.ranking for q, o in after.items()} == {q: o.ranking for q, o in before.items()}
+    assert all(call.from_cache for outcome in after.values() for call in outcome.calls)
 
 
 def test_a_worker_whose_engine_is_another_says_in_what(tmp_path: Path) -> None:
     job, worker = a_job(tmp_path), Worker(Serving())
     engine = matrix.open_for(job, Serving())
     assert engine is not None
-    worker.take(an_assignment(job, stated={0: {**engine.fingerprint, "mode": "reversed"}}))
+    given(worker, job, stated={**engine.fingerprint, "mode": "reversed"})
     [(ticket, error)] = heard(worker, 1).failed
     assert ticket == 1
     assert isinstance(error, EngineError)
     assert "mode is 'oracle' on one worker and 'reversed' on another" in str(error)
-    worker.take(an_assignment(job, ticket=2))  # it is ready for other work
+    given(worker, job, ticket=2)  # it is ready for other work
     assert len(heard(worker, QUERIES).outcomes) == QUERIES
 
 

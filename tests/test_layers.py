@@ -101,5 +101,5 @@ def code_lines(path: Path) -> int:
 
 
 def test_the_product_stays_small() -> None:
-    # 6,000 was the aim; engines, gate, paper kit and page took more. Not to grow unnoticed.
-    assert sum(code_lines(path) for path in PACKAGE.rglob("*.py")) < 9500
+    # 6,000 was the aim; engines, gate, paper kit, page and cluster took more. Not to grow unnoticed.
+    assert sum(code_lines(path) for path in PACKAGE.rglob("*.py")) < 9900

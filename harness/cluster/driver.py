@@ -7,7 +7,6 @@ import pickle
 import time
 from collections import Counter
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +16,13 @@ from harness import matrix, schedule
 from harness.cache import Cache
 from harness.cluster import placement
 from harness.cluster.placement import Board, Hand, Shard, Work
-from harness.cluster.worker import BEAT, Assignment, News, Worker
+from harness.cluster.worker import BEAT, Assignment, Family, Finished, News, Worker
 from harness.types import (
     Candidate,
     CellResult,
     Completion,
     EngineError,
     HarnessError,
-    Outcome,
     Query,
     digest,
 )
@@ -40,26 +38,21 @@ def bare(job: cells.Job) -> cells.Job:
     return replace(job, collection=replace(job.collection, queries=(), qrels={}, audit={}))
 
 
-def _packed(run: cells.Run) -> bytes:
-    """A run whose every query is done, without what is only of use in this process, and texts."""
-    job, slim = run.task.job, copy(run)
+def _measured(packed: bytes) -> CellResult:
+    """A Ray task on the driver's own node, which can hear workers meanwhile: write a cell."""
+    job, candidates, engine, command, started, finished, results, made_with = pickle.loads(packed)
     queries = [
-        replace(q, text="", candidates=tuple([Candidate(c.docid, "") for c in q.candidates]))
-        for q in job.queries
+        Query(qid, "", tuple([Candidate(docid, "") for docid in docids]), dataset)
+        for qid, dataset, docids in candidates
     ]
     job = replace(job, collection=replace(job.collection, queries=tuple(queries)))
-    del slim.engine, slim.task, slim.meter
-    made = job, dict(run.engine.fingerprint), run.engine.facts, run.task.command
-    return pickle.dumps((slim, made), 5)
-
-
-def _finish(packed: bytes, results: Path, made_with: Mapping[str, Any]) -> CellResult:
-    """A Ray task on the driver's own node, which can hear workers meanwhile."""
-    run, (job, fingerprint, facts, command) = pickle.loads(packed)
-    run.engine = cells.Elsewhere(fingerprint, facts=facts)
-    run.task = cells.Task(job, run.engine, command)
-    result: CellResult = run.finish(results, made_with)
-    return result
+    run = cells.Run(cells.Task(job, cells.Elsewhere(**engine), command), 0)
+    run.started = started
+    for one in finished:
+        outcome, notes = one.opened
+        run.notes.update(notes)
+        run.take(outcome)
+    return run.finish(results, made_with)
 
 
 def first_line(error: BaseException) -> str:
@@ -96,13 +89,14 @@ class Drive:
         self.runs = {n: cells.Run(task, 0) for n, (_, task) in enumerate(waiting)}  # not finished
         self.works = [self._work(task) for _, task in waiting]
         self.board = Board(placement.cut(self.works, max(1, crew.room(1))))
-        self.family = {n: bare(run.task.job) for n, run in self.runs.items()}
+        self.families: dict[str, Any] = {}  # in Ray's store, sent to a node once
         self.polls: dict[Any, _Hired] = {}
         self.finishing: dict[Any, int] = {}
         self.started = set[int]()
         identities = {n: cells.identity(r.task.job.cell, r.engine) for n, r in self.runs.items()}
         self.known = {n for n, identity in identities.items() if cache.knows(identity)}
         self.served: dict[int, set[_Hired]] = {n: set() for n in self.runs}
+        self.finished: dict[int, list[Finished]] = {n: [] for n in self.runs}
         self.tickets = self.calls = self.stillborn = 0
         self.begun = self.looked = time.monotonic()
         self.alive = self.begun  # when a worker was last possible
@@ -120,7 +114,7 @@ class Drive:
             self._look()
             while self.runs:
                 for ref in self._ready(BEAT):
-                    self._finished(ref) if ref in self.finishing else self._hear(ref)
+                    self._written(ref) if ref in self.finishing else self._hear(ref)
                 if time.monotonic() > self.looked + BEAT:
                     self._look()
         except HarnessError as error:  # of the cache: nothing can be kept any more
@@ -186,13 +180,11 @@ class Drive:
                 for number in list(shard.parts):
                     self._fail(number, error)
                 continue
-            hired.actor.take.remote(assignment)
+            hired.actor.take.remote(assignment, self._family(shard))
             run = self.runs[next(iter(shard.parts))]
             hired.hand.room = run.task.job.cell.protocol.concurrency or run.engine.capacity
 
     def _assignment(self, ticket: int, shard: Shard) -> Assignment:
-        family = {n: self.family[n] for n in self.runs if self.works[n].group == shard.group}
-        stated = {n: self.runs[n].engine.fingerprint for n in family}
         queries, known = dict[int, list[Query]](), dict[bytes, Completion]()
         for number, qids in shard.parts.items():
             job, engine = self.runs[number].task.job, self.runs[number].engine
@@ -201,7 +193,18 @@ class Drive:
             for query in queries[number] if number in self.known else ():
                 flow = cells.flow(job, query, engine, Counter())
                 known |= schedule.replay(flow, self.cache, key)[0]
-        return Assignment(ticket, shard.group, family, stated, queries, known)
+        return Assignment(ticket, queries, known)
+
+    def _family(self, shard: Shard) -> Any:
+        """All cells of the shard's weights; after a failure its own alone: it may be theirs."""
+        alone = [*shard.parts] if shard.failures else []
+        name = " ".join([shard.group, *map(str, alone)])
+        if name not in self.families:
+            numbers = alone or [n for n in self.runs if self.works[n].group == shard.group]
+            jobs = {n: bare(self.runs[n].task.job) for n in numbers}
+            stated = {n: self.runs[n].engine.fingerprint for n in numbers}
+            self.families[name] = self.ray.put(Family(name, jobs, stated))
+        return self.families[name]
 
     def _hear(self, ref: Any) -> None:
         """Keep a worker's answers, then its outcomes, and ask for more."""
@@ -256,36 +259,43 @@ class Drive:
         for number, facts in news.facts.items():
             if number in self.runs:
                 self.runs[number].engine.facts = facts
-        for ticket, number, outcome, notes in news.outcomes:
-            self._take(hired, ticket, number, outcome, notes)
+        for finished in news.outcomes:
+            self._take(hired, finished)
         for ticket, error in news.failed:
             self._return(hired, ticket, error, failed=True)
 
-    def _take(
-        self, hired: _Hired, ticket: int, number: int, outcome: Outcome, notes: Counter[str]
-    ) -> None:
+    def _take(self, hired: _Hired, one: Finished) -> None:
         """A query is finished: perhaps its shard is, and its cell."""
-        shard = hired.tickets.get(ticket)
-        if shard is None or outcome.qid not in shard.parts.get(number, ()):
+        number, shard = one.number, hired.tickets.get(one.ticket)
+        if shard is None or one.qid not in shard.parts.get(number, ()):
             return  # of a cell that has failed
         self.served[number].add(hired)
-        if self.board.answered(hired.hand, shard, number, outcome.qid):
-            del hired.tickets[ticket]
-        run = self.runs[number]
-        run.notes.update(notes)
-        if run.take(outcome):
+        if self.board.answered(hired.hand, shard, number, one.qid):
+            del hired.tickets[one.ticket]
+        task, finished = self.runs[number].task, self.finished[number]
+        finished.append(one)
+        total = len(task.job.queries)
+        task.progress(len(finished), total, sum(query.calls for query in finished))
+        if len(finished) == total:
             self._finish(number)
 
     def _finish(self, number: int) -> None:
         """Have a cell measured and written: a millisecond a call, so not in this process."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
+        run = self.runs[number]
+        job, shown = run.task.job, ("fingerprint", "facts")
+        candidates = [(q.qid, q.dataset, [c.docid for c in q.candidates]) for q in job.queries]
+        job = replace(job, collection=replace(job.collection, queries=()))
+        engine = {name: dict(getattr(run.engine, name)) for name in shown}
+        made = run.task.command, run.started, self.finished.pop(number)
+        where = self.results, self._made_with(number)
         here = On(self.ray.get_runtime_context().get_node_id(), soft=False)
-        task = self.ray.remote(_finish).options(num_cpus=0, scheduling_strategy=here)
-        ref = task.remote(_packed(self.runs[number]), self.results, self._made_with(number))
+        task = self.ray.remote(_measured).options(num_cpus=0, scheduling_strategy=here)
+        ref = task.remote(pickle.dumps((job, candidates, engine, *made, *where), 5))
         self.finishing[ref] = number
 
-    def _finished(self, ref: Any) -> None:
+    def _written(self, ref: Any) -> None:
         number = self.finishing.pop(ref)
         try:
             result = self.ray.get(ref)
@@ -313,6 +323,7 @@ class Drive:
     def _fail(self, number: int, error: HarnessError) -> None:
         if run := self.runs.pop(number, None):
             self.board.drop(number)
+            self.families.clear()  # nobody is to load anything for it again
             for hired in self.polls.values():
                 hired.tickets = {t: shard for t, shard in hired.tickets.items() if shard.queries}
             run.fail(self.results, error)

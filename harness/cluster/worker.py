@@ -22,7 +22,6 @@ from harness.types import (
     HarnessError,
     Outcome,
     Query,
-    Request,
     Serving,
     digest,
 )
@@ -43,20 +42,42 @@ def _unsealed(whole: bytes) -> Any:
 
 
 @dataclass(frozen=True)
-class Assignment(Sealed):
-    """A shard on its way to a worker.
+class Family(Sealed):
+    """Cells whose engines are to be open at the same time: what they share is loaded once.
 
-    family   every cell on these weights, without queries: their adapters are loaded together
+    jobs     without queries, by the cell's number
     stated   the fingerprint that each of their engines must have
-    known    answers that the cache already has
     """
 
-    ticket: int
-    group: str
-    family: Mapping[int, cells.Job]
+    name: str
+    jobs: Mapping[int, cells.Job]
     stated: Mapping[int, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Assignment(Sealed):
+    """A shard on its way to a worker; `known` are answers that the cache already has."""
+
+    ticket: int
     queries: Mapping[int, Sequence[Query]]
     known: Mapping[bytes, Completion]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A query of a shard is done; `sealed` is opened where its cell is measured, not on the way."""
+
+    ticket: int
+    number: int
+    qid: str
+    calls: int
+    sealed: bytes
+
+    @property
+    def opened(self) -> tuple[Outcome, Counter[str]]:
+        """Its outcome, and what was noted of its inputs."""
+        outcome, notes = pickle.loads(self.sealed)
+        return outcome, notes
 
 
 @dataclass
@@ -64,7 +85,7 @@ class News(Sealed):
     """What a worker has to tell since it was asked last."""
 
     answers: list[tuple[bytes, Completion]] = field(default_factory=list)
-    outcomes: list[tuple[int, int, Outcome, Counter[str]]] = field(default_factory=list)
+    outcomes: list[Finished] = field(default_factory=list)
     failed: list[tuple[int, HarnessError]] = field(default_factory=list)
     facts: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -77,9 +98,9 @@ class Worker:
 
     def __init__(self, serving: Serving) -> None:
         self.serving, self.changed = serving, Condition()
-        self.inbox: deque[Assignment] = deque()
+        self.inbox: deque[tuple[Assignment, Family]] = deque()
         self.news = News()
-        self.group, self.engines = "", dict[int, Engine]()
+        self.family, self.engines = "", dict[int, Engine]()
         self.work: Future[None] = Future()
         Thread(target=self._work_on, daemon=True).start()
 
@@ -89,9 +110,9 @@ class Worker:
 
         return ray.get_runtime_context().get_node_id(), env.environment()
 
-    def take(self, assignment: Assignment) -> None:
+    def take(self, assignment: Assignment, family: Family) -> None:
         with self.changed:
-            self.inbox.append(assignment)
+            self.inbox.append((assignment, family))
             self.changed.notify_all()
 
     def poll(self) -> News:
@@ -113,38 +134,38 @@ class Worker:
             raise
 
     def _work(self) -> None:
-        """One group's shards, as long as they come."""
+        """One family's shards, as long as they come."""
         with self.changed:
             self.changed.wait_for(lambda: self.inbox)
-            first = self.inbox[0]
-        if first.group != self.group:
+            _, family = self.inbox[0]
+        if family.name != self.family:
             self._let_go()
         begun: list[int] = []
         try:
-            _Sitting(self, first, begun).run()
+            _Sitting(self, family, begun).run()
         except HarnessError as error:
             self._let_go()
             with self.changed:
-                done = begun or [self.inbox.popleft().ticket]
+                done = begun or [self.inbox.popleft()[0].ticket]
                 self.news.failed += [(ticket, error) for ticket in done]
                 self.changed.notify_all()
 
     def _let_go(self) -> None:
         for engine in self.engines.values():
             engine.close()
-        self.group, self.engines = "", {}
+        self.family, self.engines = "", {}
 
-    def open(self, first: Assignment) -> None:
-        """Open every engine of a group, so that what they share is loaded once."""
-        if self.group == first.group:
+    def open(self, family: Family) -> None:
+        """Open the engines of a family, unless they are."""
+        if self.family == family.name:
             return
         alike: dict[str, Engine] = {}  # cells of one model have one engine
-        for number, job in first.family.items():
-            stated = first.stated[number]
+        for number, job in family.jobs.items():
+            stated = family.stated[number]
             name = digest(stated)
             alike[name] = alike.get(name) or self._opened(job, stated)
             self.engines[number] = alike[name]
-        self.group = first.group
+        self.family = family.name
 
     def _opened(self, job: cells.Job, stated: Mapping[str, Any]) -> Engine:
         engine = matrix.open_for(job, self.serving)
@@ -160,17 +181,17 @@ class Worker:
 
 
 class _Sitting:
-    """What a worker runs on one group's weights until nothing is left, as one loop."""
+    """What a worker runs with one family's engines until nothing is left, as one loop."""
 
-    def __init__(self, worker: Worker, first: Assignment, begun: list[int]) -> None:
-        self.worker, self.first, self.begun = worker, first, begun
+    def __init__(self, worker: Worker, family: Family, begun: list[int]) -> None:
+        self.worker, self.family, self.begun = worker, family, begun
         self.known: dict[bytes, Completion] = {}
         self.places: list[tuple[int, int, Mapping[str, Counter[str]]]] = []
         self.left = 0
 
     def run(self) -> None:
-        self.worker.open(self.first)
-        [engine, *_], [job, *_] = self.worker.engines.values(), self.first.family.values()
+        self.worker.open(self.family)
+        [engine, *_], [job, *_] = self.worker.engines.values(), self.family.jobs.values()
         asked = job.cell.protocol.concurrency or engine.capacity
         for lane, outcome in schedule.run_together(self._lanes(), self, concurrency=asked):
             self._tell(lane, outcome)
@@ -187,14 +208,14 @@ class _Sitting:
             self.worker.changed.notify_all()
 
     def _lanes(self) -> Iterator[schedule.Lane | None]:
-        """The lanes of every shard that comes for this group, until there is nothing to do."""
+        """The lanes of every shard that comes for this family, until there is nothing to do."""
         while True:
             with self.worker.changed:
                 inbox = self.worker.inbox
-                ours = bool(inbox) and inbox[0].group == self.worker.group
+                ours = bool(inbox) and inbox[0][1].name == self.family.name
                 if not ours and (inbox or not self.left):
                     return
-                assignment = inbox.popleft() if ours else None
+                assignment = inbox.popleft()[0] if ours else None
             if assignment:
                 self.begun.append(assignment.ticket)
                 self.known.update(assignment.known)
@@ -204,7 +225,7 @@ class _Sitting:
 
     def _lanes_of(self, shard: Assignment) -> Iterator[schedule.Lane]:
         for number, queries in shard.queries.items():
-            job, engine = shard.family[number], self.worker.engines[number]
+            job, engine = self.family.jobs[number], self.worker.engines[number]
             notes = {query.qid: Counter[str]() for query in queries}
             flows = [(q, notes[q.qid]) for q in queries]
             self.places.append((shard.ticket, number, notes))
@@ -216,19 +237,22 @@ class _Sitting:
             )
 
     def _tell(self, lane: int, outcome: Outcome) -> None:
-        """Hand an outcome on, without the texts of its prompts: nobody reads them there."""
+        """Hand an outcome on."""
         ticket, number, notes = self.places[lane]
         self.left -= 1
-        calls = tuple(replace(c, request=_without_texts(c.request)) for c in outcome.calls)
-        told = (ticket, number, replace(outcome, calls=calls), notes[outcome.qid])
+        told = sealed(ticket, number, outcome, notes[outcome.qid])
         with self.worker.changed:
             self.worker.news.outcomes.append(told)
             self.worker.news.facts[number] = dict(self.worker.engines[number].facts)
             self.worker.changed.notify_all()
 
 
-def _without_texts(request: Request) -> Request:
-    return replace(request, messages=(), text=None)
+def sealed(ticket: int, number: int, outcome: Outcome, notes: Counter[str]) -> Finished:
+    """An outcome without the texts of its prompts: nobody reads them there."""
+    texts: dict[str, Any] = {"messages": (), "text": None}
+    calls = tuple(replace(c, request=replace(c.request, **texts)) for c in outcome.calls)
+    told = pickle.dumps((replace(outcome, calls=calls), notes), 5)
+    return Finished(ticket, number, outcome.qid, len(calls), told)
 
 
 def described(job: cells.Job, serving: Serving) -> tuple[dict[str, Any], int, str]:

@@ -24,7 +24,7 @@ from harness import cell as cells
 from harness import matrix, schedule
 from harness.cache import Cache
 from harness.cluster import RayExecutor, driver
-from harness.cluster.worker import Assignment, News, _without_texts
+from harness.cluster.worker import Assignment, Family, News, sealed
 from harness.data import Collection
 from harness.engines.fake import FakeEngine
 from harness.specs import Registry
@@ -33,7 +33,7 @@ from harness.types import Cell, Completion, DatasetSpec, Outcome, Protocol, Requ
 ray = pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
-QUERIES, CELLS = 120, 2
+QUERIES, CELLS = 300, 2
 THOUGHT = "<think> " + "Passage [3] answers the question and [7] does not. " * 11 + "</think> "
 MADE_WITH = {"harness": "0", "python": "3", "packages": {}, "gpus": []}
 
@@ -55,7 +55,7 @@ def jobs() -> list[cells.Job]:
     out = []
     for number in range(CELLS):
         model = replace(registry.models["rank-r1-7b"], name=f"m{number}", engine="fake")
-        cell = Cell(model, dataset, "bm25", 100, None, Protocol())
+        cell = Cell(model, dataset, "bm25", 100, None, Protocol(concurrency=256))
         out.append(cells.resolve(cell, registry.prompt(model.prompt), data))
     return out
 
@@ -84,21 +84,24 @@ class Teller:
 
         return ray.get_runtime_context().get_node_id(), MADE_WITH
 
-    def take(self, shard: Assignment) -> None:
+    def take(self, shard: Assignment, family: Family) -> None:
         news, size = News(), 0
         for number, asked in shard.queries.items():
             for query in asked:
-                outcome = self.done[shard.family[number].cell.model.name][query.qid]
+                outcome = self.done[family.jobs[number].cell.model.name][query.qid]
                 told = outcome.calls
                 news.answers += [(key_of(call.key), call.completion) for call in told]
-                news.outcomes.append((shard.ticket, number, outcome, Counter()))
+                news.outcomes.append(sealed(shard.ticket, number, outcome, Counter()))
                 if (size := size + len(told)) >= self.lump:
                     self.news.append(Told(pickle.dumps(news, 5)))
                     news, size = News(), 0
         self.news.append(Told(pickle.dumps(news, 5)))
 
     def poll(self) -> Any:
-        return self.news.popleft() if self.news else Told(pickle.dumps(News(), 5))
+        if self.news:
+            return self.news.popleft()
+        time.sleep(0.05)  # a worker waits until it has something to tell
+        return Told(pickle.dumps(News(), 5))
 
 
 def key_of(name: str) -> Any:
@@ -124,21 +127,16 @@ def answered(jobs: list[cells.Job]) -> dict[str, dict[str, Outcome]]:
             key=cells.identity(job.cell, engine).key,
             concurrency=engine.capacity,
         )
-        out[job.cell.model.name] = {o.qid: stripped(o) for o in done}
+        out[job.cell.model.name] = {o.qid: o for o in done}
     return out
 
 
-def stripped(outcome: Outcome) -> Outcome:
-    calls = tuple(replace(c, request=_without_texts(c.request)) for c in outcome.calls)
-    return replace(outcome, calls=calls)
-
-
 class Watch:
-    """Clocks of this process from the first cell's start to the last one's end."""
+    """Clocks of this process from the first cell's start to the last answer and the end."""
 
     def __init__(self) -> None:
         self.begun: tuple[float, float] | None = None
-        self.ended = (0.0, 0.0)
+        self.heard = self.ended = (0.0, 0.0)
         self.failures: list[Any] = []
 
     def now(self) -> tuple[float, float]:
@@ -154,7 +152,8 @@ class Watch:
         self.failures.append(error)
 
     def skipped(self) -> None: ...
-    def progress(self, done: int, total: int, calls: int) -> None: ...
+    def progress(self, done: int, total: int, calls: int) -> None:
+        self.heard = self.now()
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +167,7 @@ def workers() -> Iterator[None]:
 
 
 def took(jobs: list[cells.Job], folder: Path, workers: int) -> tuple[int, float, float]:
-    """Completions, seconds, and seconds of this process's processor time."""
+    """Completions, seconds to the last of them, and processor seconds of this process in all."""
     watch, cache = Watch(), Cache(folder / "cache.sqlite")
     entries = [matrix.Entry(job, "", watch) for job in jobs]
     crew = RayExecutor(Serving(), workers=workers)
@@ -179,7 +178,7 @@ def took(jobs: list[cells.Job], folder: Path, workers: int) -> tuple[int, float,
     calls = sum(cell.record["efficiency"]["calls"] for cell in done.results)
     assert cache.count() == calls
     cache.close()
-    return calls, watch.ended[0] - watch.begun[0], watch.ended[1] - watch.begun[1]
+    return calls, watch.heard[0] - watch.begun[0], watch.ended[1] - watch.begun[1]
 
 
 def unit() -> float:
@@ -192,7 +191,7 @@ def unit() -> float:
     return min(spent) / 1000
 
 
-@pytest.mark.parametrize(("lump", "most"), [(16, None), (128, 20)])
+@pytest.mark.parametrize(("lump", "most"), [(16, None), (128, 14.5)])
 def test_an_answer_costs_the_driver_little(
     workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lump: int, most: float | None
 ) -> None:
@@ -206,7 +205,7 @@ def test_an_answer_costs_the_driver_little(
         calls, wall, own = took(asked, tmp_path / str(n), 1)
         least.append((own / calls / units, own / calls, calls / wall))
     units, each, rate = min(least)
-    note = f"{1 / each:,.0f}/s of processor time, {rate:,.0f}/s by the clock"
+    note = f"{1 / each:,.0f}/s of processor time, {rate:,.0f}/s kept by the clock"
     gate(
         f"C1 driver of a cluster, {lump} answers a message, units an answer",
         units,
@@ -220,5 +219,5 @@ def test_real_workers_on_these_cores(workers: None, tmp_path: Path) -> None:
     gate(
         "C2 the same with two real workers, units an answer",
         own / calls / unit(),
-        note=f"{calls / wall:,.0f}/s by the clock, {calls / own:,.0f}/s of the driver's processor time",
+        note=f"{calls / wall:,.0f}/s kept by the clock, {calls / own:,.0f}/s of the driver's processor time",
     )
