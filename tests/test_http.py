@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -330,7 +331,8 @@ def test_answers_that_came_before_a_failure_are_handed_out_first(
     opened: Callable[..., Any],
 ) -> None:
     def answer(path: str, body: Body) -> Reply | Body:
-        return failed(404, "gone") if body["prompt"] == "bad" else {"choices": [{"text": "good"}]}
+        late = replace(failed(404, "gone"), after=1.0)  # the others are there before
+        return late if body["prompt"] == "bad" else {"choices": [{"text": "good"}]}
 
     texts = ["good", "good", "bad", "good"]
     with serving(answer) as server:

@@ -308,9 +308,12 @@ class Drive:
                 self.done.finish(self.entries[number], result)
 
     def _made_with(self, number: int) -> dict[str, Any]:
-        served = [hired.environment for hired in self.served[number]]
+        """One worker's environment, and beside it every other that is not the same."""
+        served = self.served[number]
+        kinds = {digest(hired.environment): hired.environment for hired in served}
+        first, *others = (kinds[name] for name in sorted(kinds))
         ray = {"name": "ray", "version": self.ray.__version__, "workers": len(served)}
-        return {**served[0], "executor": ray}
+        return {**first, "executor": {**ray, "other_environments": others}}
 
     def _return(self, hired: _Hired, ticket: int, error: HarnessError, *, failed: bool) -> None:
         """A shard comes back; after too many failures its cells have failed."""
