@@ -9,6 +9,7 @@ import gzip
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,12 +17,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 from openai_server import Body, Reply, Served, failed, said, serving
+from test_kill import QUERIES, a_collection
 
 from harness import cell as cells
 from harness import cluster, matrix
@@ -37,7 +40,6 @@ pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, about clusters as small as these
 
 ROOT = Path(__file__).resolve().parent.parent
-QUERIES, DEPTH = 8, 12
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENAI_API_KEY": "x"}
 
 
@@ -185,19 +187,6 @@ def data(tmp_path: Path) -> Path:
     return a_collection(tmp_path / "data")
 
 
-def a_collection(base: Path) -> Path:
-    base.mkdir()
-    docs = [f"d{i}" for i in range(DEPTH)]
-    corpus = [json.dumps({"_id": d, "text": f"passage {d} " * 3}) for d in docs]
-    (base / "corpus.jsonl").write_text("\n".join(corpus) + "\n")
-    (base / "queries.tsv").write_text("".join(f"q{n}\tquery {n}\n" for n in range(QUERIES)))
-    run = [f"q{n} Q0 {d} {i + 1} {50 - i} t\n" for n in range(QUERIES) for i, d in enumerate(docs)]
-    (base / "run.trec").write_text("".join(run))
-    qrels = [f"q{n} 0 {d} {i % 4}\n" for n in range(QUERIES) for i, d in enumerate(docs)]
-    (base / "qrels.txt").write_text("".join(qrels))
-    return base
-
-
 def slowly(seconds: float, poison: str = "nothing") -> Callable[[str, Body], Reply | Body]:
     """A model whose answer depends on the prompt alone; it refuses prompts with the poison."""
 
@@ -317,22 +306,30 @@ def test_a_shard_that_fails_three_times_fails_its_cell_alone(
 def test_status_tells_shards_workers_and_the_end_of_a_run_that_is_going(
     nodes: Nodes, data: Path, tmp_path: Path
 ) -> None:
+    number, windows, in_flight = count(1), 6, 2 * 2
+
+    def answer(path: str, body: Body) -> Reply | Body:
+        """Just so many answers that one query must be finished; then the run stands still."""
+        answered = next(number) <= in_flight * (windows - 1) + 1
+        return Reply(said("[2] > [1]"), after=0 if answered else 600)
+
+    (tmp_path / "r").mkdir()
+    status = ("status", "--results", tmp_path / "r")
     ray = ("--executor", "ray", "--address", nodes.address, "--workers", "2")
-    with serving(slowly(0.5)) as server:
+    with serving(answer) as server:
         command = words(data, server, tmp_path / "r", *ray)
         driver = subprocess.Popen([sys.executable, "-m", "harness", *command], env=ENV)
-        under_way(server)
-        time.sleep(2)
-        *_, last = harness("status", "--results", tmp_path / "r").stdout.splitlines()
-        rows = json.loads(harness("status", "--results", tmp_path / "r", "--format", "json").stdout)
+        last, end = "", time.monotonic() + 120
+        while not re.search("2 workers; .*; ends about", last) and time.monotonic() < end:
+            *_, last = harness(*status).stdout.splitlines() or [""]
+        rows = json.loads(harness(*status, "--format", "json").stdout)
         driver.terminate()
         assert driver.wait(60) == 7
-    assert last.startswith("run 1: cells 1 running; ")
-    assert "2 workers" in last
-    assert "ends about" in last
-    assert rows[0]["state"].startswith("running")
+    pattern = r"run 1: cells 1 running; \d shards to do, 2 workers; .* calls a second; ends about .*"
+    assert re.fullmatch(pattern, last)
+    assert rows[0]["state"].startswith("running ")
     assert rows[-1].items() >= {"run": 1, "workers": 2}.items()
-    assert 0 < rows[-1]["shards"] <= QUERIES
+    assert QUERIES - in_flight < rows[-1]["shards"] < QUERIES
     assert rows[-1]["calls_per_second"] > 0
 
 

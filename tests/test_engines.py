@@ -200,6 +200,18 @@ class Held:
         return getattr(self.tokenizer, name)
 
 
+def closed_while_waiting(engine: Any) -> Held:
+    """The tokenizer of an engine that was closed while it held nine calls back."""
+    engine.tokenizer = held = Held(engine.tokenizer)
+    for number in range(9):
+        engine.submit(number, raw("so it is", max_tokens=1))
+    engine.close()
+    held.go.set()
+    for thread in held.threads:
+        thread.join(60)
+    return held
+
+
 def test_submit_returns_before_the_prompt_is_tokenised(model_engine: Engine) -> None:
     engine: Any = model_engine
     expected = ask(engine, *MIXED[:3])
@@ -603,13 +615,7 @@ def test_a_chat_without_a_template_is_an_engine_error(
 
 
 def test_closing_drops_what_waits_for_the_tokenizer(hf: Any) -> None:
-    hf.tokenizer = held = Held(hf.tokenizer)
-    for number in range(9):
-        hf.submit(number, raw("so it is", max_tokens=1))
-    hf.close()
-    held.go.set()
-    for thread in held.threads:
-        thread.join(60)
+    held = closed_while_waiting(hf)
     assert held.asked.count("so it is") <= 1
     hf.tokenizer = held.tokenizer
     assert ask(hf, raw("so it is", max_tokens=1))[0].output_tokens == 1

@@ -114,7 +114,11 @@ print(sum(killed[:asking]))
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    base = tmp_path / "data"
+    return a_collection(tmp_path / "data")
+
+
+def a_collection(base: Path) -> Path:
+    """A folder of QUERIES queries with DEPTH candidates each."""
     base.mkdir()
     docs = [f"d{i}" for i in range(DEPTH)]
     corpus = [json.dumps({"_id": d, "text": f"passage {d} " * 4}) for d in docs]

@@ -20,7 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_engines import EMBEDDED, MIXED, VLLM, Held, ask, chat, prose, raw, same
+from test_engines import (
+    EMBEDDED,
+    MIXED,
+    VLLM,
+    Held,
+    ask,
+    chat,
+    closed_while_waiting,
+    prose,
+    raw,
+    same,
+)  # fmt: skip
 
 from harness.cache import Cache
 from harness.cli import main
@@ -229,14 +240,7 @@ def test_what_cannot_be_tokenised_is_an_error_before_anything_is_loaded(
 
 def test_closing_drops_what_waits_for_the_tokenizer(pretended: Callable[..., Any]) -> None:
     engine = pretended()
-    engine.tokenizer = held = Held(engine.tokenizer)
-    for number in range(9):
-        engine.submit(number, raw("so it is", max_tokens=1))
-    engine.close()
-    held.go.set()
-    for thread in held.threads:
-        thread.join(60)
-    assert held.asked.count("so it is") <= 1
+    assert closed_while_waiting(engine).asked.count("so it is") <= 1
     with pytest.raises(EngineError, match="poll without"):
         engine.poll()
 

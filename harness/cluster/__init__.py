@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class RayExecutor:
     workers: int = 0
     seconds: Callable[[cells.Job], float] = lambda job: 1.0
     tell: Callable[[Mapping[str, Any]], None] = lambda told: None
+    _asked: dict[str, tuple[dict[str, Any], int, str]] = field(default_factory=dict, init=False)
 
     def open(self, job: cells.Job) -> Engine | None:
         if not job.needs_engine:
@@ -113,17 +114,19 @@ class RayExecutor:
         return {"num_cpus": 1, "num_gpus": gpus}
 
     def _described(self, job: cells.Job) -> tuple[dict[str, Any], int, str]:
+        """Of each model once: its cells on other data have the same engine."""
+        name = digest([asdict(job.cell.model), job.cell.protocol.replicate])
+        if name in self._asked:
+            return self._asked[name]
         gpus = job.cell.model.tensor_parallel
         if not self.room(gpus):
             raise MissingResourceError(f"{job.cell}: no node of the cluster has {gpus} GPUs")
         ask = self.ray.remote(described).options(**self.options(gpus))
         try:
-            found: tuple[dict[str, Any], int, str] = self.ray.get(
-                ask.remote(bare(job), self.serving)
-            )
+            self._asked[name] = self.ray.get(ask.remote(bare(job), self.serving))
         except self.ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        return found
+        return self._asked[name]
 
 
 def _reach(address: str) -> None:
