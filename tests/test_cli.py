@@ -542,6 +542,17 @@ def test_a_table_folds_at_the_width_of_the_terminal_and_loses_nothing(place):
     assert all(line.startswith("    ") for line in narrow.out.splitlines() if line not in first)
 
 
+def test_the_table_after_a_run_folds_at_the_width_of_the_terminal(place):
+    line = "run -m first-stage,oracle,setwise-sft-7b -d small --engine fake --results out -q"
+    narrow, wide = (
+        python(place, "-m", "harness", *line.split(), COLUMNS=width).out.splitlines()
+        for width in ("50", "200")
+    )
+    assert max(map(len, wide)) > 50 >= max(map(len, narrow))
+    assert sum(text.startswith("model") for text in wide) == 1
+    assert set(" ".join(narrow).split()) == set(" ".join(wide).split())
+
+
 def test_cells_with_different_first_measures_say_which_is_meant(place):
     rr = {**SMALL, "dataset.toml": 'name = "rr"\nmeasures = ["RR@10"]\n'}
     write(place / "rr", rr)

@@ -40,7 +40,10 @@ pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, about clusters as small as these
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENAI_API_KEY": "x"}
+ENV = os.environ | {
+    "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENAI_API_KEY": "x",
+    "RAY_worker_niceness": "0",  # as where `harness run` starts Ray
+}  # fmt: skip
 
 
 @dataclass
@@ -319,14 +322,15 @@ def test_status_tells_shards_workers_and_the_end_of_a_run_that_is_going(
     with serving(answer) as server:
         command = words(data, server, tmp_path / "r", *ray)
         driver = subprocess.Popen([sys.executable, "-m", "harness", *command], env=ENV)
-        last, end = "", time.monotonic() + 120
+        last, end = "", time.monotonic() + 300
         while not re.search("2 workers; .*; ends about", last) and time.monotonic() < end:
+            time.sleep(0.5)
             *_, last = harness(*status).stdout.splitlines() or [""]
         rows = json.loads(harness(*status, "--format", "json").stdout)
         driver.terminate()
         assert driver.wait(60) == 7
-    pattern = r"run 1: cells 1 running; \d shards to do, 2 workers; .* calls a second; ends about .*"
-    assert re.fullmatch(pattern, last)
+    going = r"run 1: cells 1 running; \d shards to do, 2 workers; .* a second; ends about "
+    assert re.match(going, last)
     assert rows[0]["state"].startswith("running ")
     assert rows[-1].items() >= {"run": 1, "workers": 2}.items()
     assert QUERIES - in_flight < rows[-1]["shards"] < QUERIES

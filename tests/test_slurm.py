@@ -144,7 +144,7 @@ def ended(running: subprocess.Popen[str]) -> str:
     """What a job has said; nothing that it started is left, whatever happened."""
     try:
         told, _ = running.communicate(timeout=300)
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while session(running.pid) and time.monotonic() < end:
             time.sleep(0.1)
         assert not session(running.pid)

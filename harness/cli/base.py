@@ -90,6 +90,11 @@ def say(quiet: bool, text: str) -> None:
         print(text, file=sys.stderr)
 
 
+def width(otherwise: int) -> int:
+    """Columns of the terminal, or those of a file."""
+    return shutil.get_terminal_size((otherwise, 0)).columns
+
+
 def print_rows(rows: Sequence[Mapping[str, Any]], format: str) -> None:
     """Equal-keyed rows as aligned columns, a markdown table or JSON."""
     from harness import listing
@@ -101,4 +106,4 @@ def print_rows(rows: Sequence[Mapping[str, Any]], format: str) -> None:
     elif format == "md":
         print(listing.markdown(rows))
     else:
-        print(listing.columns(rows, shutil.get_terminal_size((sys.maxsize, 0)).columns))
+        print(listing.columns(rows, width(sys.maxsize)))

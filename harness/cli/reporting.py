@@ -72,7 +72,7 @@ def report(
         extra |= {"texts": page_texts(cells, names, with_text), "with_text": with_text}
     paths = building.write(cells, out, chosen, layout=layout, price=gpu_hour_price, **extra)
     if not quiet:
-        print(writers.to_text(quality.quality(cells, layout=layout)))
+        print(writers.to_text(quality.quality(cells, layout=layout), base.width(100)))
     first = [path for name in ("index.html", "quality.md") for path in paths if path.name == name]
     print(f"{len(paths)} files in {out}: {first[0] if first else ''}")
 
@@ -145,7 +145,7 @@ def paper(
     folder = out / suite.stem
     shown = kits.write(suite.stem, slots, columns, terms, folder, figures)
     if not quiet:
-        print("\n\n".join(map(writers.to_text, shown)))
+        print("\n\n".join(writers.to_text(table, base.width(100)) for table in shown))
     print(f"written to {folder}")
     if absent := [slot for slot in slots if slot.missing]:
         base.complain(

@@ -170,7 +170,7 @@ def run(
     elif done.results:
         from harness.report import tables, writers
 
-        print(writers.to_text(tables.summary(done.results)))
+        print(writers.to_text(tables.summary(done.results), base.width(100)))
         base.say(quiet, _summary(done))
     if done.failures:
         raise typer.Exit(done.failures[0][1].exit_code)

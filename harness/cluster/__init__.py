@@ -71,6 +71,8 @@ class RayExecutor:
     def ray(self) -> Any:
         """Ray, connected."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's 15 is for background work: beside a busy process workers hardly get a processor.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         try:
             import ray
         except ImportError as error:
