@@ -98,6 +98,10 @@ class Driver:
             return int(json.loads(path.read_text())["crew"].get("calls", 0))
         return 0
 
+    @property
+    def workers(self) -> set[int]:
+        return {pid for pid in self.family if name(pid).startswith("ray::Worker")}
+
     def cached(self) -> int:
         with closing(Cache(self.results / ".cache.sqlite")) as cache:
             return cache.count()
@@ -116,6 +120,8 @@ def driver(tmp_path: Path) -> Iterator[Driver]:
             assert until(lambda: found.reported or process.poll() is not None)
             found.kept, found.family = found.reported, descendants(process.pid)
             assert {"raylet", "gcs_server"} <= {name(pid) for pid in found.family}
+            [priority] = {os.getpriority(os.PRIO_PROCESS, pid) for pid in found.workers}
+            assert priority == os.getpriority(os.PRIO_PROCESS, process.pid)
             yield found
         finally:
             for pid in [process.pid, *found.family] if process.poll() is None else []:
@@ -155,10 +161,11 @@ def test_a_driver_that_is_stopped_keeps_its_answers_and_ends_its_ray(
 
 
 def test_a_driver_that_is_killed_leaves_nothing_that_holds_a_gpu_or_a_port(driver: Driver) -> None:
-    driver.process.kill()
     # Two agents of the node end a minute later, when they give up reporting to it.
-    holding = {pid for pid in driver.family if name(pid) in ("raylet", "gcs_server", "ray::Worker")}
-    assert len(holding) >= 2
+    holding = {pid for pid in driver.family if name(pid) in ("raylet", "gcs_server")}
+    holding |= driver.workers
+    assert len(holding) >= 3
+    driver.process.kill()
     assert until(lambda: not holding & parents().keys(), 60)
     assert driver.kept <= driver.cached() < CALLS
 

@@ -245,9 +245,8 @@ class Drive:
         """Keep what was on its way, then let every worker go."""
         with contextlib.suppress(HarnessError, self.ray.exceptions.RayError):
             for ref in self._ready(0) if self.polls else ():
-                if isinstance(
-                    news := self.ray.get(ref, timeout=BEAT), News
-                ):  # its node may be gone
+                news = self.ray.get(ref, timeout=BEAT)  # its node may have gone
+                if isinstance(news, News):
                     self.cache.put_many(news.answers)
         for hired in list(self.polls.values()):
             self._forget(hired)
