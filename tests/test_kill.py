@@ -182,11 +182,11 @@ def test_a_run_killed_again_and_again_gives_the_same_bytes_and_pays_once(
         stored |= {*kept}
         asked.update(now)
         lost += len({*now} - stored)
-    assert asked.keys() == stored
-    assert 0 < asked.total() - len(stored) <= lost
     with sqlite3.connect(results / "calls.sqlite") as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert db.execute("SELECT COUNT(*) FROM calls").fetchone()[0] == len(stored)
+        kept = [key.hex() for (key,) in db.execute("SELECT key FROM calls")]
+    assert {*kept} == asked.keys() >= stored  # some died between storing and noting it
+    assert 0 < asked.total() - len(kept) <= lost
     assert list(results.rglob(".*")) == []
 
 
@@ -273,15 +273,9 @@ def harness(folder: Path, results: Path, words: str, **how: Any) -> subprocess.P
     command = [sys.executable, "-m", "harness", "run", *words.split(), "-d", str(folder)]
     env = {"RERANK_HARNESS_CACHE": str(results.parent / "models"), "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    how = {"preexec_fn": hears_interrupts, **how}
     return subprocess.Popen(
         [*command, "--results", str(results)], **pipes, env=os.environ | env, **how
     )
-
-
-def hears_interrupts() -> None:
-    """A test run in the background of a shell has interrupts ignored, and would hand that on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def real(model: Path) -> str:
