@@ -63,7 +63,7 @@ class Identity:
         are: equal bytes mean equal parts, and ten thousand characters need no escaping.
         """
         texts = [text for m in request.messages for text in (m.role, m.content)]
-        lengths = [len(text) for text in texts]
+        lengths = [*map(len, texts)]
         for end in (request.text, request.continuation):
             lengths.append(-1 if end is None else len(end))
             texts.append(end or "")

@@ -215,8 +215,8 @@ def _labels(label: str, count: int) -> tuple[str, ...]:
 def _listed(passage: str, separator: str, shown: Sequence[Candidate]) -> str:
     """One line a passage; what their numbers decide is filled in once for all prompts."""
     parts = _sheet(passage, separator, len(shown)).copy()
-    times = range(passage.count("{text}"))
-    parts[1::2] = [c.text for c in shown for _ in times]
+    texts, times = [c.text for c in shown], passage.count("{text}")
+    parts[1::2] = texts if times == 1 else [text for text in texts for _ in range(times)]
     return "".join(parts)
 
 

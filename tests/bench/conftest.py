@@ -60,7 +60,7 @@ def thousand_units() -> None:
         sha256(TEN_KB).digest()
 
 
-def interleaved(*works: Callable[[], Any], rounds: int = 25) -> tuple[float, ...]:
+def interleaved(*works: Callable[[], Any], rounds: int = 80) -> tuple[float, ...]:
     """The least seconds of each, their rounds A, B, A, B in this process."""
     taken = [[seconds(work) for work in works] for _ in range(rounds)]
     return tuple(map(min, zip(*taken)))
