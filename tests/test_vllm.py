@@ -31,7 +31,7 @@ from test_engines import (
     prose,
     raw,
     same,
-)  # fmt: skip
+)
 
 from harness.cache import Cache
 from harness.cli import main
